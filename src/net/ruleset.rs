@@ -14,10 +14,10 @@
 //! | anything else in 10.240.0.0/12, on this node or another | no, also when routed through the host |
 //! | any address of the host, whatever interface holds it | no; ICMP echo to its own gateway address only |
 //! | 169.254.0.0/16, in it the metadata service 169.254.169.254 | no, neither bridged nor routed |
-//! | anything else, other private ranges included | yes with [`Egress::Allowed`], masqueraded |
+//! | anything else, other private ranges included | yes, masqueraded |
 //!
 //! Other private ranges are reachable because on a plain host they hold the resolver, the package mirror and the data
-//! base that the workload is there for; who wants them closed denies egress and opens a path through a gateway instance.
+//! base that the workload is there for, and egress that works for 1.1.1.1 and not for the resolver beside the host surprises.
 //! Nothing from outside reaches an instance but replies to what it, or the host, began.
 //!
 //! Everything is keyed by interface *names*, so that a TAP may come and go without the ruleset changing, and by sets, so
@@ -28,54 +28,71 @@
 //! IPv6 is dropped altogether for now: no tenant has an IPv6 address.
 
 use std::fmt::{Display, Write};
+use std::net::Ipv4Addr;
 
-use super::{InstanceOffset, NetError, Subnet, TenantNetId, bridge_name, instance_mac, tap_name};
+use super::{InstanceOffset, Mac, NetError, Subnet, TenantNetId, bridge_mac, bridge_name, instance_mac, instance_uid, tap_name};
 
-/// Whether a tenant's instances reach what lies outside the node.
+/// The network of one tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Egress {
-    /// They do, with the host's address.
-    Allowed,
-    /// They do not.
-    Denied,
-}
-
-/// Whether an instance may send packets that are not its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Forwarding {
-    /// Only packets from its own address.
-    OwnOnly,
-    /// Also packets from the addresses of its tenant's other instances, which it forwards: a gateway.
-    ForTenant,
-}
-
-/// One instance's TAP; its name, MAC and address follow from the tenant's net id and subnet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PortRules {
-    /// The instance's place in the subnet.
-    pub offset: InstanceOffset,
-    /// What it may send.
-    pub forwarding: Forwarding,
-}
-
-/// One tenant's part of the ruleset.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct TenantRules {
-    /// The tenant's net id.
+pub struct TenantNetwork {
+    /// Given by whoever coordinates the cluster, never used again for another tenant.
     pub net_id: TenantNetId,
-    /// The tenant's subnet.
+    /// Its subnet; the first address is the gateway's (the bridge's), instances have the third and those after it.
     pub subnet: Subnet,
-    /// Whether it reaches the outside.
-    pub egress: Egress,
-    /// Its instances, running or not: a TAP that is absent costs nothing.
-    pub instances: Vec<PortRules>,
 }
 
-/// Everything that the ruleset is made of.
+impl TenantNetwork {
+    /// Names its bridge.
+    pub fn bridge(&self) -> String {
+        bridge_name(self.net_id)
+    }
+
+    /// Derives its bridge's MAC.
+    pub fn bridge_mac(&self) -> Mac {
+        bridge_mac(self.net_id)
+    }
+}
+
+/// The network identity of one instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct InstanceNetwork {
+    /// Its tenant's network.
+    pub tenant: TenantNetwork,
+    /// Its place in the subnet.
+    pub offset: InstanceOffset,
+    /// Whether it may send packets from the addresses of its tenant's other instances, which it forwards: a gateway.
+    pub forwards: bool,
+}
+
+impl InstanceNetwork {
+    /// Returns the instance's address.
+    ///
+    /// Errors when its tenant's subnet is too small for its offset.
+    pub fn address(&self) -> Result<Ipv4Addr, NetError> {
+        self.tenant.subnet.instance(self.offset)
+    }
+
+    /// Names its TAP.
+    pub fn tap(&self) -> String {
+        tap_name(self.tenant.net_id, self.offset)
+    }
+
+    /// Derives its MAC.
+    pub fn mac(&self) -> Mac {
+        instance_mac(self.tenant.net_id, self.offset)
+    }
+
+    /// Derives the uid, which is also the gid, of its VMM.
+    pub fn uid(&self) -> u32 {
+        instance_uid(self.tenant.net_id, self.offset)
+    }
+}
+
+/// Every tenant with every instance, running or not (a TAP that is absent costs nothing): what the rules are rendered from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Ruleset {
-    /// All tenants of this node.
-    pub tenants: Vec<TenantRules>,
+    /// The tenants with their instances, in any order.
+    pub tenants: Vec<(TenantNetwork, Vec<InstanceNetwork>)>,
 }
 
 impl Ruleset {
@@ -85,33 +102,32 @@ impl Ruleset {
     ///
     /// Errors when an instance has no address in its tenant's subnet.
     pub fn render(&self) -> Result<String, NetError> {
-        let mut tenants: Vec<&TenantRules> = self.tenants.iter().collect();
-        tenants.sort_by_key(|tenant| tenant.net_id);
+        let mut tenants: Vec<_> = self.tenants.iter().collect();
+        tenants.sort_by_key(|(tenant, _)| tenant.net_id);
         let mut ports = Vec::new();
         let mut forwarders = Vec::new();
-        for tenant in &tenants {
-            let mut instances = tenant.instances.clone();
-            instances.sort_by_key(|port| port.offset);
-            for port in instances {
-                let (tap, mac) = (tap_name(tenant.net_id, port.offset), instance_mac(tenant.net_id, port.offset));
-                ports.push(format!("\"{tap}\" . {mac} . {}", tenant.subnet.instance(port.offset)?));
-                if port.forwarding == Forwarding::ForTenant {
+        for (tenant, instances) in &tenants {
+            let mut instances: Vec<_> = instances.iter().collect();
+            instances.sort_by_key(|instance| instance.offset);
+            for instance in instances {
+                let (tap, mac) = (tap_name(tenant.net_id, instance.offset), instance_mac(tenant.net_id, instance.offset));
+                ports.push(format!("\"{tap}\" . {mac} . {}", tenant.subnet.instance(instance.offset)?));
+                if instance.forwards {
                     let first = tenant.subnet.instance(InstanceOffset(0))?;
-                    let last = std::net::Ipv4Addr::from_bits(tenant.subnet.broadcast().to_bits() - 1);
+                    let last = Ipv4Addr::from_bits(tenant.subnet.broadcast().to_bits() - 1);
                     forwarders.push(format!("\"{tap}\" . {mac} . {first}-{last}"));
                 }
             }
         }
         let per_tenant = |line: &dyn Fn(&str, Subnet) -> String| -> Vec<String> {
-            tenants.iter().map(|tenant| line(&bridge_name(tenant.net_id), tenant.subnet)).collect()
+            tenants.iter().map(|(tenant, _)| line(&tenant.bridge(), tenant.subnet)).collect()
         };
-        let open = tenants.iter().filter(|tenant| tenant.egress == Egress::Allowed);
         let mut text = String::from(HEAD);
         text.push_str("table inet mvm {\n");
         set(&mut text, "same_tenant", "ifname . ifname", "", per_tenant(&|bridge, _| format!("\"{bridge}\" . \"{bridge}\"")));
         set(&mut text, "own_gateway", "ifname . ipv4_addr", "", per_tenant(&|bridge, subnet| format!("\"{bridge}\" . {}", subnet.gateway())));
         set(&mut text, "own_subnet", "ifname . ipv4_addr", "interval", per_tenant(&|bridge, subnet| format!("\"{bridge}\" . {subnet}")));
-        set(&mut text, "egress_subnet", "ipv4_addr", "interval", open.map(|tenant| tenant.subnet));
+        set(&mut text, "tenant_subnet", "ipv4_addr", "interval", tenants.iter().map(|(tenant, _)| tenant.subnet));
         text.push_str(INET_CHAINS);
         text.push_str("}\n\ntable bridge mvm {\n");
         set(&mut text, "ours", "ifname", "interval", (0..10).map(|digit| format!("\"tn{digit}*\"")));
@@ -183,8 +199,7 @@ const INET_CHAINS: &str = r#"
 		ct state invalid drop
 		ip daddr { 10.240.0.0/12, 169.254.0.0/16 } drop
 		iifname . ip saddr != @own_subnet drop
-		ip saddr @egress_subnet accept
-		drop
+		accept
 	}
 
 	chain to_tenant {
@@ -192,9 +207,9 @@ const INET_CHAINS: &str = r#"
 		drop
 	}
 
-	chain masquerade_egress {
+	chain masquerade_tenants {
 		type nat hook postrouting priority srcnat; policy accept;
-		ip saddr @egress_subnet oifname != "br-tenant-*" ip daddr != 10.240.0.0/12 masquerade
+		ip saddr @tenant_subnet oifname != "br-tenant-*" ip daddr != 10.240.0.0/12 masquerade
 	}
 "#;
 
@@ -227,20 +242,16 @@ mod tests {
 
     use super::*;
 
-    fn tenant(net_id: u64, subnet: &str, egress: Egress, instances: &[(u16, Forwarding)]) -> TenantRules {
-        let instances = instances.iter().map(|&(offset, forwarding)| PortRules { offset: InstanceOffset(offset), forwarding }).collect();
-        TenantRules { net_id: net_id.try_into().unwrap(), subnet: subnet.parse().unwrap(), egress, instances }
+    fn tenant(net_id: u64, subnet: &str, instances: &[(u16, bool)]) -> (TenantNetwork, Vec<InstanceNetwork>) {
+        let tenant = TenantNetwork { net_id: net_id.try_into().unwrap(), subnet: subnet.parse().unwrap() };
+        let place = |&(offset, forwards)| InstanceNetwork { tenant, offset: InstanceOffset(offset), forwards };
+        (tenant, instances.iter().map(place).collect())
     }
 
     #[test]
     fn the_text_of_two_tenants() {
-        let ruleset = Ruleset {
-            tenants: vec![
-                tenant(7, "10.240.7.0/24", Egress::Denied, &[(0, Forwarding::OwnOnly)]),
-                tenant(5, "10.240.5.0/24", Egress::Allowed, &[(1, Forwarding::OwnOnly), (0, Forwarding::ForTenant)]),
-            ],
-        };
-        insta::assert_snapshot!(ruleset.render().unwrap());
+        let tenants = vec![tenant(7, "10.240.7.0/24", &[(0, false)]), tenant(5, "10.240.5.0/24", &[(1, false), (0, true)])];
+        insta::assert_snapshot!(Ruleset { tenants }.render().unwrap());
     }
 
     #[test]
@@ -250,7 +261,7 @@ mod tests {
 
     #[test]
     fn an_instance_without_an_address_is_refused() {
-        let ruleset = Ruleset { tenants: vec![tenant(1, "10.240.1.0/29", Egress::Denied, &[(4, Forwarding::OwnOnly)])] };
+        let ruleset = Ruleset { tenants: vec![tenant(1, "10.240.1.0/29", &[(4, false)])] };
         assert_eq!(ruleset.render().unwrap_err().to_string(), "subnet 10.240.1.0/29 has room for 4 instances; offset 4 is beyond");
     }
 
@@ -259,8 +270,8 @@ mod tests {
         fn the_order_of_the_state_does_not_matter(offsets in prop::collection::btree_set(0u16..200, 0..20).prop_map(|set| set.into_iter().collect::<Vec<_>>()).prop_shuffle()) {
             let sorted = { let mut sorted = offsets.clone(); sorted.sort_unstable(); sorted };
             let text = |offsets: &[u16]| {
-                let instances: Vec<_> = offsets.iter().map(|&offset| (offset, Forwarding::OwnOnly)).collect();
-                let (one, two) = (tenant(1, "10.240.1.0/24", Egress::Allowed, &instances), tenant(2, "10.240.2.0/24", Egress::Denied, &[]));
+                let instances: Vec<_> = offsets.iter().map(|&offset| (offset, false)).collect();
+                let (one, two) = (tenant(1, "10.240.1.0/24", &instances), tenant(2, "10.240.2.0/24", &[]));
                 let ahead = Ruleset { tenants: vec![one.clone(), two.clone()] }.render().unwrap();
                 let behind = Ruleset { tenants: vec![two, one] }.render().unwrap();
                 (ahead, behind)
