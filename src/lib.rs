@@ -1,3 +1,17 @@
-//! To be written.
+//! mvm runs fleets of microVMs for many tenants from a declared state.
+//!
+//! ```text
+//!  desired state (file) --parse, validate--> Desired
+//!                                               |
+//!  documents, VMMs, /proc, host --observe--> Observed
+//!                                               |
+//!                              plan(Desired, Observed, now, capacity) -> Plan     PURE
+//!                                               |
+//!                                         execute(Plan) -> Outcomes
+//! ```
 
+pub mod guest;
+pub mod host;
+pub mod infra;
 pub mod net;
+pub mod vmm;

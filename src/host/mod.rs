@@ -1,0 +1,131 @@
+//! What needs root, as one closed set of typed requests: bridges, TAPs, packet filter rules, drives, run directories.
+//!
+//! Requests carry ids and numbers, never shell text; paths are derived from them on this side of the seam. Every verb is
+//! idempotent, so that whoever finds a half-done operation can repeat it.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use mvm_types::{InstanceAddress, InstanceId};
+use zeroize::Zeroizing;
+
+use crate::net::{InstanceNetwork, Ruleset, TenantNetwork};
+
+/// The label of a drive, by which the guest finds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DriveLabel {
+    /// `mvm-secrets`: in memory only.
+    Secrets,
+    /// `mvm-config`.
+    Config,
+}
+
+impl DriveLabel {
+    /// The file system label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            DriveLabel::Secrets => "mvm-secrets",
+            DriveLabel::Config => "mvm-config",
+        }
+    }
+}
+
+/// One file of a drive that mvm builds.
+pub struct DriveFile {
+    /// Its name at the root of the drive.
+    pub name: String,
+    /// Its content; wiped from this process's memory when dropped.
+    pub content: Zeroizing<Vec<u8>>,
+    /// Its permission bits.
+    pub mode: u32,
+}
+
+/// What the network of this host looks like.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ObservedNetwork {
+    /// The tenant bridges that are there and ours, by name.
+    pub bridges: std::collections::BTreeSet<String>,
+    /// The hash of the rules that are loaded, when they are those that mvm loaded last and nobody changed them.
+    pub ruleset: Option<String>,
+}
+
+/// What should exist; everything else that carries this node's mark goes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostExpectations {
+    /// Net ids of the tenants that are there.
+    pub bridges: std::collections::BTreeSet<String>,
+    /// Instances that may have a run directory and in-memory drives.
+    pub instances: std::collections::BTreeSet<InstanceId>,
+}
+
+/// Everything that needs root.
+pub trait Host: Send + Sync {
+    /// Makes the tenant's bridge with its gateway address, and what forwarding needs.
+    fn ensure_tenant_network(&self, network: &TenantNetwork) -> Result<(), HostError>;
+
+    /// Removes the tenant's bridge.
+    fn remove_tenant_network(&self, network: &TenantNetwork) -> Result<(), HostError>;
+
+    /// Makes the instance's TAP on its tenant's bridge and opens it. It is gone when the last descriptor is closed.
+    fn create_tap(&self, network: &InstanceNetwork, uid: Option<u32>) -> Result<OwnedFd, HostError>;
+
+    /// Loads the packet filter rules in one transaction, unless they are loaded already.
+    fn apply_ruleset(&self, ruleset: &Ruleset) -> Result<(), HostError>;
+
+    /// Removes every rule of mvm.
+    fn remove_ruleset(&self) -> Result<(), HostError>;
+
+    /// Looks at bridges and rules without spawning a process.
+    fn observe_network(&self) -> Result<ObservedNetwork, HostError>;
+
+    /// Makes the instance's directory for sockets and returns its path.
+    fn ensure_run_dir(&self, instance: &InstanceId) -> Result<PathBuf, HostError>;
+
+    /// Removes the instance's sockets, locks and in-memory drives.
+    fn remove_run_dir(&self, instance: &InstanceId) -> Result<(), HostError>;
+
+    /// Makes the instance's data disk, or grows it; never formats or shrinks one that is there.
+    ///
+    /// `size_mib` is its size in MiB.
+    fn ensure_data_disk(&self, at: &InstanceAddress, size_mib: u64) -> Result<(), HostError>;
+
+    /// Opens the instance's data disk for reading and writing.
+    fn open_data_disk(&self, at: &InstanceAddress) -> Result<OwnedFd, HostError>;
+
+    /// Builds a small read-only drive and opens it. The secrets drive never touches a persistent file system.
+    fn build_drive(&self, instance: &InstanceId, label: DriveLabel, files: &[DriveFile]) -> Result<OwnedFd, HostError>;
+
+    /// Removes the instance's volumes, snapshot and logs: everything below its directory but its document.
+    fn remove_instance_files(&self, at: &InstanceAddress) -> Result<(), HostError>;
+
+    /// Removes the instance's snapshot.
+    fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError>;
+
+    /// Removes what carries this node's mark and is not expected; returns what that was, in words.
+    fn sweep(&self, expected: &HostExpectations) -> Result<Vec<String>, HostError>;
+}
+
+/// Why the host could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// It was refused or failed, with what to do about it where that is known.
+    #[error("{what}: {why}")]
+    Failed {
+        /// What was being done.
+        what: String,
+        /// What went wrong.
+        why: String,
+    },
+    /// The operating system refused.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The program was ended by a test here.
+    #[error("killed at host effect {0}")]
+    Killed(usize),
+}

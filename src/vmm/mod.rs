@@ -1,0 +1,247 @@
+//! The drivers' one interface: what the lifecycle needs of a virtual machine monitor.
+//!
+//! Drivers differ in files, not in the callers: nobody outside this module asks which one it has.
+//!
+//! ```text
+//!  boot ----> running <--pause/resume--> paused --snapshot--> (files) --kill
+//!  restore -------------------------------^
+//! ```
+//!
+//! A driver does not know of desired state, quotas or documents. It starts processes and names them by
+//! [`ProcessIdentity`]; the caller records them.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mvm_types::{InstanceAddress, NodeId};
+use serde::{Deserialize, Serialize};
+
+use crate::infra::process::ProcessIdentity;
+
+/// Which driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmKind {
+    /// QEMU's `microvm` machine.
+    Qemu,
+    /// The deterministic simulation.
+    Simulated,
+}
+
+impl VmmKind {
+    /// The name used on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            VmmKind::Qemu => "qemu",
+            VmmKind::Simulated => "simulated",
+        }
+    }
+}
+
+/// How guest instructions are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Acceleration {
+    /// In hardware.
+    Kvm,
+    /// In software: slow, and no isolation boundary.
+    Tcg,
+    /// Not at all: the simulation.
+    None,
+}
+
+/// What a snapshot depends on besides its own files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmStamp {
+    /// The driver.
+    pub vmm: VmmKind,
+    /// The VMM's version and build, e.g. `QEMU 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18) sha 1a2b…`.
+    pub build: String,
+    /// How instructions are executed.
+    pub acceleration: Acceleration,
+    /// The CPU model that the guest saw, and the host's where it shows through.
+    pub cpu: String,
+}
+
+/// A drive, in the order in which the guest sees them.
+#[derive(Debug)]
+pub struct Drive {
+    /// A short name for the VMM: `root`, `data`, `secrets`, `config`.
+    pub name: &'static str,
+    /// The open image.
+    pub file: OwnedFd,
+    /// Whether the guest may write.
+    pub access: DriveAccess,
+}
+
+/// Whether a guest may write to a drive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriveAccess {
+    /// It may not.
+    ReadOnly,
+    /// It may.
+    ReadWrite,
+}
+
+/// The network interface of a guest.
+#[derive(Debug)]
+pub struct Nic {
+    /// An open TAP descriptor (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`).
+    pub tap: OwnedFd,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+}
+
+/// Everything that a driver needs to make one virtual machine.
+///
+/// The descriptors are consumed: they are closed in this process once the VMM has them.
+#[derive(Debug)]
+pub struct VmSpec {
+    /// Whose it is.
+    pub at: InstanceAddress,
+    /// The node, part of the marker by which stray processes are found.
+    pub node: NodeId,
+    /// The uid and gid of the VMM process; `None` where mvm does not run as root.
+    pub uid: Option<u32>,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Guest memory, in MiB.
+    pub mem_mib: u32,
+    /// The uncompressed ELF kernel.
+    pub kernel: PathBuf,
+    /// The initial RAM disk, where the image has one.
+    pub initrd: Option<PathBuf>,
+    /// Kernel arguments besides the driver's own.
+    pub kernel_args: Vec<String>,
+    /// Drives in order: the first one is `/dev/vda`.
+    pub drives: Vec<Drive>,
+    /// The network interface, where there is one.
+    pub nic: Option<Nic>,
+    /// An existing directory, root's only, for the sockets.
+    pub run_dir: PathBuf,
+    /// Where the guest's console goes; appended to.
+    pub console_log: PathBuf,
+    /// Where the VMM's own messages go; appended to.
+    pub vmm_log: PathBuf,
+}
+
+/// A virtual machine that was started earlier, perhaps by another process of mvm.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmHandle {
+    /// The VMM's process.
+    pub process: ProcessIdentity,
+    /// Where its sockets are.
+    pub run_dir: PathBuf,
+    /// Guest memory, in MiB.
+    pub mem_mib: u32,
+}
+
+/// Whether a virtual machine is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Liveness {
+    /// Its process runs.
+    Alive,
+    /// It does not.
+    Gone,
+}
+
+/// What a virtual machine uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStats {
+    /// CPU time of the VMM process, in milliseconds.
+    pub cpu_ms: u64,
+    /// Resident memory of the VMM process, in KiB.
+    pub rss_kib: u64,
+}
+
+/// The names of the files that a snapshot consists of, relative to its directory.
+pub const SNAPSHOT_FILES: [&str; 2] = ["device.state", "memory"];
+
+/// A virtual machine monitor.
+pub trait Vmm: Send + Sync {
+    /// Returns which driver this is, for display only.
+    fn kind(&self) -> VmmKind;
+
+    /// Describes what snapshots made now depend on.
+    fn stamp(&self) -> Result<VmmStamp, VmmError>;
+
+    /// Starts a virtual machine; its virtual CPUs run when this returns.
+    ///
+    /// # Errors
+    /// Whatever was started is gone again when this fails.
+    fn boot(&self, spec: VmSpec) -> Result<VmHandle, VmmError>;
+
+    /// Stops the virtual CPUs. Idempotent.
+    fn pause(&self, vm: &VmHandle) -> Result<(), VmmError>;
+
+    /// Lets the virtual CPUs run. Idempotent.
+    fn resume(&self, vm: &VmHandle) -> Result<(), VmmError>;
+
+    /// Writes [`SNAPSHOT_FILES`] of a paused virtual machine into `dir`, durably; files that are there already are those it was
+    /// restored from, and may be brought up to date in place. The machine stays paused. Can be repeated.
+    ///
+    fn snapshot(&self, vm: &VmHandle, dir: &Path) -> Result<(), VmmError>;
+
+    /// Starts a virtual machine from a snapshot and leaves it paused. The snapshot is mapped, not read, and stays as it is.
+    fn restore(&self, spec: VmSpec, dir: &Path) -> Result<VmHandle, VmmError>;
+
+    /// Ends the virtual machine at once and returns when it is gone. Idempotent.
+    fn kill(&self, vm: &VmHandle) -> Result<(), VmmError>;
+
+    /// Waits for the virtual machine to end by itself. Returns whether it did.
+    fn wait_exit(&self, vm: &VmHandle, timeout: Duration) -> Result<Liveness, VmmError>;
+
+    /// Tells whether it runs; cheap, since every pass asks it of every instance.
+    fn liveness(&self, vm: &VmHandle) -> Liveness;
+
+    /// Finds the machine of an instance that was started and not recorded, if it runs.
+    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError>;
+
+    /// Returns what it uses.
+    fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError>;
+}
+
+/// Why a driver could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// This host cannot run it.
+    #[error("{vmm} cannot be used here: {why}")]
+    Unusable {
+        /// The driver.
+        vmm: &'static str,
+        /// What is wrong and how to mend it.
+        why: String,
+    },
+    /// The VMM did not do what was asked.
+    #[error("{what}: {why}")]
+    Failed {
+        /// What was being done.
+        what: &'static str,
+        /// What went wrong.
+        why: String,
+    },
+    /// The VMM did not answer in time.
+    #[error("{what}: no answer within {after_ms} ms")]
+    Timeout {
+        /// What was being done.
+        what: &'static str,
+        /// How long was waited, in milliseconds.
+        after_ms: u64,
+    },
+    /// The virtual machine is gone.
+    #[error("{what}: the virtual machine is gone")]
+    Gone {
+        /// What was being done.
+        what: &'static str,
+    },
+    /// The operating system refused.
+    #[error("{what}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+}
