@@ -120,6 +120,22 @@ impl Dir {
         self.rename(&temporary, name)
     }
 
+    /// Removes the temporary files that [`Dir::write`] left when it was killed; returns their names.
+    pub fn remove_stale_temporaries(&self) -> Result<Vec<String>, HostdError> {
+        let mut removed = Vec::new();
+        for name in self.entries()? {
+            let Some(name) = name.to_str().filter(|name| name.starts_with('.')) else { continue };
+            let mut parts = name.rsplit('.');
+            let (Some(count), Some(pid)) = (parts.next(), parts.next()) else { continue };
+            let ours = count.parse::<u64>().is_ok() && pid.parse::<u32>().is_ok();
+            if ours && !Path::new("/proc").join(pid).exists() {
+                self.remove_file(name)?;
+                removed.push(name.to_owned());
+            }
+        }
+        Ok(removed)
+    }
+
     /// Renames within this directory, replacing what has the new name.
     pub fn rename(&self, from: &str, to: &str) -> Result<(), HostdError> {
         rustix::fs::renameat(&self.fd, from, &self.fd, to).during(|| format!("cannot rename {from} to {to} in {}", self.path.display()))
@@ -220,6 +236,9 @@ mod tests {
         deep.write("file", b"1", 0o600).unwrap();
         assert_eq!(deep.read("file").unwrap().unwrap(), b"1");
         assert_eq!(deep.entries().unwrap(), ["file"]);
+        std::fs::write(top.path().join(format!(".file.{}.0", std::process::id())), b"").unwrap();
+        std::fs::write(top.path().join(".file.4294967295.0"), b"").unwrap();
+        assert_eq!(dir.remove_stale_temporaries().unwrap(), [".file.4294967295.0"]);
         assert!(dir.remove_tree("a").unwrap());
         assert!(!dir.remove_tree("a").unwrap());
         assert_eq!(dir.kind_of("a").unwrap(), None);

@@ -41,11 +41,6 @@ pub enum Applied {
     Unchanged,
 }
 
-/// Hashes the text of a ruleset as [`loaded`] reports it.
-pub fn hash(text: &str) -> String {
-    blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
-}
-
 /// Returns the hash of the rules that are loaded; `None` when they are not just those that mvm loaded last.
 pub fn loaded(run: &Dir) -> Result<Option<String>, HostdError> {
     let Some(record) = run.read(RECORD)? else { return Ok(None) };
@@ -54,47 +49,57 @@ pub fn loaded(run: &Dir) -> Result<Option<String>, HostdError> {
     Ok((now == record).then_some(record.hash))
 }
 
-/// Loads the rules in one transaction, unless they are loaded already.
+/// Whether mvm's rules were loaded since the host booted; another program may have changed some since.
+pub fn was_loaded(run: &Dir) -> Result<bool, HostdError> {
+    let Some(record) = run.read(RECORD)? else { return Ok(false) };
+    let Ok(record) = serde_json::from_slice::<Loaded>(&record) else { return Ok(false) };
+    Ok(record.boot == boot_id()? && record.namespace == namespace()?)
+}
+
+/// Loads the rules in one transaction, unless they are loaded already; `hash` names this text, and only this one.
 ///
 /// Errors when nftables refuses the text or lacks a part of the kernel; the rules that were loaded then still are.
-pub fn apply(run: &Dir, text: &str) -> Result<Applied, HostdError> {
-    let hash = hash(text);
-    if loaded(run)?.as_ref() == Some(&hash) {
+pub fn apply(run: &Dir, text: &str, hash: &str) -> Result<Applied, HostdError> {
+    if loaded(run)?.as_deref() == Some(hash) {
         return Ok(Applied::Unchanged);
     }
     let _lock = lock(run)?;
     // Another process that had the lock may have loaded the same.
-    if loaded(run)?.as_ref() == Some(&hash) {
+    if loaded(run)?.as_deref() == Some(hash) {
         return Ok(Applied::Unchanged);
     }
-    load(run, text, Some(hash))?;
+    // Should another program change rules while ours are loaded, the count cannot tell before from after.
+    for attempt in 1..=3 {
+        let before = generation()?;
+        run_nft(text)?;
+        let after = generation()?;
+        let mut record = Loaded { boot: boot_id()?, namespace: namespace()?, generation: after, hash: hash.to_owned() };
+        let undisturbed = after == before.wrapping_add(1);
+        if !undisturbed && attempt < 3 {
+            continue;
+        }
+        if !undisturbed {
+            tracing::warn!("another program keeps changing packet filter rules; mvm's are loaded, and will be loaded again on the next pass");
+            // A count of the past: the next comparison fails.
+            record.generation = before;
+        }
+        run.write(RECORD, &serde_json::to_vec(&record).expect("strings and numbers become JSON"), 0o600)?;
+        break;
+    }
     Ok(Applied::Loaded)
 }
 
 /// Removes mvm's tables, and what is recorded of them.
 pub fn remove(run: &Dir) -> Result<(), HostdError> {
     let _lock = lock(run)?;
-    load(run, REMOVE, None)
+    run_nft(REMOVE)?;
+    run.remove_file(RECORD)
 }
 
-fn load(run: &Dir, text: &str, hash: Option<String>) -> Result<(), HostdError> {
-    run.remove_file(RECORD)?;
-    let nft = program::find("nft", "nftables")?;
-    // Should another program change rules while ours are loaded, the count cannot tell before from after.
-    for _ in 0..3 {
-        let before = generation()?;
-        let mut command = Command::new(&nft);
-        command.args(["-f", "-"]);
-        program::run(command, "load the packet filter rules with nft", text.as_bytes())?;
-        let Some(hash) = &hash else { return Ok(()) };
-        let generation = generation()?;
-        if generation == before.wrapping_add(1) {
-            let record = Loaded { boot: boot_id()?, namespace: namespace()?, generation, hash: hash.clone() };
-            return run.write(RECORD, &serde_json::to_vec(&record).expect("strings and numbers become JSON"), 0o600);
-        }
-    }
-    tracing::warn!("another program keeps changing packet filter rules; mvm's are loaded, and will be loaded again on the next pass");
-    Ok(())
+fn run_nft(text: &str) -> Result<(), HostdError> {
+    let mut command = Command::new(program::find("nft", "nftables")?);
+    command.args(["-f", "-"]);
+    program::run(command, "load the packet filter rules with nft", text.as_bytes()).map(drop)
 }
 
 fn lock(run: &Dir) -> Result<File, HostdError> {
