@@ -14,4 +14,5 @@ pub mod guest;
 pub mod host;
 pub mod infra;
 pub mod net;
+pub mod store;
 pub mod vmm;
