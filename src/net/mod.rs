@@ -1,39 +1,17 @@
-//! PURE: addresses, names and rules of the tenants' networks.
+//! Addresses, interface names, MACs and the text of the nftables ruleset. Pure: no IO, no clock, no randomness.
+//!
+//! Everything a tenant's network consists of follows from three numbers that the desired state gives: the tenant's
+//! [`TenantNetId`], its [`Subnet`], and each instance's [`InstanceOffset`]. Names, MACs, addresses and uids are derived
+//! from them, so they are the same after a sleep, after a restart of the host, and on any node.
+//!
+//! ```text
+//! 10.240.5.0/24   .0 network   .1 bridge br-tenant-5   .2 kept free   .3 offset 0 (TAP tn5i0) …   .255 broadcast
+//! ```
 
-use std::net::Ipv4Addr;
+mod address;
+mod identity;
+mod ruleset;
 
-use ipnet::Ipv4Net;
-
-/// The network of one tenant.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TenantNetwork {
-    /// 0..=4095, given by whoever coordinates the cluster, never reused.
-    pub net_id: u16,
-    /// Its subnet; the first address is the gateway's (the bridge's), instances have the third and those after it.
-    pub subnet: Ipv4Net,
-}
-
-/// The network identity of one instance.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct InstanceNetwork {
-    /// Its tenant's network.
-    pub tenant: TenantNetwork,
-    /// Its place in the subnet: 0 is the third address.
-    pub offset: u32,
-    /// Whether it forwards for its tenant.
-    pub forwards: bool,
-}
-
-impl InstanceNetwork {
-    /// Returns the instance's address.
-    pub fn address(&self) -> Ipv4Addr {
-        Ipv4Addr::from(u32::from(self.tenant.subnet.network()).wrapping_add(3 + self.offset))
-    }
-}
-
-/// Every tenant with every instance: what the rules are rendered from.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Ruleset {
-    /// The tenants, in the order of their net ids.
-    pub tenants: Vec<(TenantNetwork, Vec<InstanceNetwork>)>,
-}
+pub use address::{CLUSTER_RANGE, InstanceOffset, NetError, Subnet, TenantNetId, find_overlap};
+pub use identity::{BRIDGE_PREFIX, Mac, bridge_mac, bridge_name, instance_mac, instance_uid, parse_bridge_name, parse_tap_name, tap_name};
+pub use ruleset::{InstanceNetwork, Ruleset, TenantNetwork};
