@@ -78,9 +78,9 @@ impl DesiredState {
 
     /// Returns every declared pool with its address.
     pub fn pools(&self) -> impl Iterator<Item = (PoolAddress, &PoolSpec)> {
-        self.tenants.iter().flat_map(|tenant| {
-            tenant.pools.iter().map(|pool| (PoolAddress::new(tenant.tenant_id.clone(), pool.pool_id.clone()), pool))
-        })
+        self.tenants
+            .iter()
+            .flat_map(|tenant| tenant.pools.iter().map(|pool| (PoolAddress::new(tenant.tenant_id.clone(), pool.pool_id.clone()), pool)))
     }
 }
 

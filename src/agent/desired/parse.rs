@@ -53,8 +53,7 @@ pub fn parse(text: &str, format: Format) -> Result<DesiredState, InvalidDocument
             .or_else(|error| one(&place(error.path()), error.inner().to_string()))?,
         Format::Toml => {
             let deserializer = toml::Deserializer::parse(text).or_else(|error| one("", error.to_string()))?;
-            serde_path_to_error::deserialize(deserializer)
-                .or_else(|error| one(&place(error.path()), error.inner().message().to_owned()))?
+            serde_path_to_error::deserialize(deserializer).or_else(|error| one(&place(error.path()), error.inner().message().to_owned()))?
         }
     };
     let problems = validate(&desired);
@@ -161,6 +160,8 @@ mod tests {
             ("running = 2", "running = \"two\"", "tenants[0].pools[1].desired_counts.running: invalid type: string"),
             ("\"10.240.1.0/24\"", "\"10.240.1.0/33\"", "tenants[0].network.ipv4_subnet: "),
             ("tenant_id = \"demo\"", "tenant_id = \"../demo\"", "tenants[0].tenant_id: tenant id \"../demo\" has '.' at position 1"),
+            ("tenant_net_id = 1", "tenant_net_id = 4096", "tenants[0].network.tenant_net_id: tenant net id 4096 is out of range"),
+            ("\"10.240.1.0/24\"", "\"10.240.1.5/24\"", "tenants[0].network.ipv4_subnet: subnet 10.240.1.5/24 has host bits set"),
             ("schema_version = 1", "schema_version = 2", "schema_version: this mvm reads version 1"),
         ] {
             assert!(FLEET.contains(from), "{from}");

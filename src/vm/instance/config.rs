@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::state::{Failure, InstanceState, Transition};
 use crate::infra::clock::Moment;
-use crate::net::{InstanceNetwork, TenantNetwork};
+use crate::net::{InstanceNetwork, InstanceOffset, TenantNetId, TenantNetwork};
 use crate::store::Document;
 use crate::vm::pool::Blueprint;
 
@@ -30,9 +30,9 @@ pub struct InstanceDoc {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<RevisionId>,
     /// Its tenant's net id.
-    pub net_id: u16,
+    pub net_id: TenantNetId,
     /// Its place in the tenant's subnet, from which address, MAC, TAP name and uid follow.
-    pub offset: u32,
+    pub offset: InstanceOffset,
     /// Its address.
     pub address: Ipv4Addr,
     /// The version of the pool's declaration that its config drive was last built from.
@@ -59,7 +59,7 @@ impl InstanceDoc {
 
     /// Returns its network identity.
     pub fn network(&self, tenant: &TenantNetwork) -> InstanceNetwork {
-        InstanceNetwork { tenant: tenant.clone(), offset: self.offset, forwards: self.role == Role::Gateway }
+        InstanceNetwork { tenant: *tenant, offset: self.offset, forwards: self.role == Role::Gateway }
     }
 }
 

@@ -56,7 +56,7 @@ impl StateName {
         match self {
             Created => &[Ready, Destroyed],
             Ready => &[Running, Destroyed],
-            Running => &[Warm, Sleeping, Stopped, Destroyed],
+            Running => &[Warm, Stopped, Destroyed],
             Warm => &[Running, Sleeping, Stopped, Destroyed],
             Sleeping => &[Running, Stopped, Destroyed],
             Stopped => &[Running, Ready, Destroyed],
@@ -253,8 +253,7 @@ pub enum Verb {
 
 impl Verb {
     /// Every verb.
-    pub const ALL: [Verb; 8] =
-        [Verb::Start, Verb::Warm, Verb::Resume, Verb::Sleep, Verb::Wake, Verb::Stop, Verb::Rebuild, Verb::Destroy];
+    pub const ALL: [Verb; 8] = [Verb::Start, Verb::Warm, Verb::Resume, Verb::Sleep, Verb::Wake, Verb::Stop, Verb::Rebuild, Verb::Destroy];
 
     /// The verb as written on the command line.
     pub fn as_str(self) -> &'static str {
@@ -315,11 +314,7 @@ impl Verb {
     /// # Errors
     /// [`IllegalTransition`], which names the state, the legal ones, and what can be asked instead.
     pub fn check(self, from: StateName, object: &impl fmt::Display) -> Result<(), IllegalTransition> {
-        if self.legal_from().contains(&from) {
-            Ok(())
-        } else {
-            Err(IllegalTransition { verb: self, object: object.to_string(), from })
-        }
+        if self.legal_from().contains(&from) { Ok(()) } else { Err(IllegalTransition { verb: self, object: object.to_string(), from }) }
     }
 }
 
@@ -346,13 +341,17 @@ mod tests {
         );
     }
 
+    /// A Ready instance whose pool changed is rebuilt in place; to sleep a Running instance is warmed on the way.
+    fn leads_to(from: StateName, to: StateName) -> bool {
+        let via_warm = from.successors().contains(&StateName::Warm) && StateName::Warm.successors().contains(&to);
+        from == to || from.successors().contains(&to) || via_warm
+    }
+
     #[test]
     fn verbs_follow_the_picture() {
         for verb in Verb::ALL {
             for from in verb.legal_from() {
-                // A Ready instance whose pool changed is rebuilt in place.
-                let in_place = *from == verb.target();
-                assert!(in_place || from.successors().contains(&verb.target()), "{verb} from {from}");
+                assert!(leads_to(*from, verb.target()), "{verb} from {from}");
             }
         }
     }
@@ -371,7 +370,7 @@ mod tests {
             for verb in verbs {
                 if verb.check(state, &"x").is_ok() {
                     let next = verb.target();
-                    prop_assert!(state == next || state.successors().contains(&next));
+                    prop_assert!(leads_to(state, next));
                     state = next;
                 } else {
                     prop_assert!(!verb.legal_from().contains(&state));

@@ -1,12 +1,11 @@
 //! The tenant's document.
 
-use ipnet::Ipv4Net;
 use mvm_types::TenantId;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::infra::clock::Moment;
-use crate::net::TenantNetwork;
+use crate::net::{Subnet, TenantNetId, TenantNetwork};
 use crate::store::Document;
 
 /// The tenant's network, given by whoever coordinates the cluster; fixed for the tenant's life.
@@ -14,11 +13,9 @@ use crate::store::Document;
 #[serde(deny_unknown_fields)]
 pub struct NetworkSpec {
     /// The tenant's network id, 0 to 4095; never given to another tenant again.
-    #[schemars(range(min = 0, max = 4095))]
-    pub tenant_net_id: u16,
+    pub tenant_net_id: TenantNetId,
     /// The tenant's subnet inside 10.240.0.0/12, e.g. `10.240.1.0/24`.
-    #[schemars(with = "String")]
-    pub ipv4_subnet: Ipv4Net,
+    pub ipv4_subnet: Subnet,
 }
 
 impl NetworkSpec {
