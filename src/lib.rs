@@ -10,8 +10,11 @@
 //!                                         execute(Plan) -> Outcomes
 //! ```
 
+pub mod agent;
 pub mod guest;
 pub mod host;
 pub mod infra;
 pub mod net;
+pub mod store;
+pub mod vm;
 pub mod vmm;

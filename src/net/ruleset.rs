@@ -125,7 +125,13 @@ impl Ruleset {
         let mut text = String::from(HEAD);
         text.push_str("table inet mvm {\n");
         set(&mut text, "same_tenant", "ifname . ifname", "", per_tenant(&|bridge, _| format!("\"{bridge}\" . \"{bridge}\"")));
-        set(&mut text, "own_gateway", "ifname . ipv4_addr", "", per_tenant(&|bridge, subnet| format!("\"{bridge}\" . {}", subnet.gateway())));
+        set(
+            &mut text,
+            "own_gateway",
+            "ifname . ipv4_addr",
+            "",
+            per_tenant(&|bridge, subnet| format!("\"{bridge}\" . {}", subnet.gateway())),
+        );
         set(&mut text, "own_subnet", "ifname . ipv4_addr", "interval", per_tenant(&|bridge, subnet| format!("\"{bridge}\" . {subnet}")));
         set(&mut text, "tenant_subnet", "ipv4_addr", "interval", tenants.iter().map(|(tenant, _)| tenant.subnet));
         text.push_str(INET_CHAINS);

@@ -1,0 +1,4 @@
+//! The node agent: observe, plan, execute.
+
+pub mod desired;
+pub mod order;

@@ -1,0 +1,347 @@
+//! Documents as files below the state directory.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+
+use super::{DocumentStore, LockGuard, StoreError, Wait};
+
+/// Files below a directory.
+///
+/// A write is a temporary file, fsync, rename, fsync of the directory. Locks are `flock`s on files below `locks/` of the run
+/// directory: they end with their holder, and the host's reboot clears them.
+pub struct FileStore {
+    root: PathBuf,
+    locks: PathBuf,
+    serial: AtomicU64,
+}
+
+impl FileStore {
+    /// Opens the store; nothing is made before the first write or lock.
+    pub fn new(root: PathBuf, locks: PathBuf) -> Self {
+        Self { root, locks, serial: AtomicU64::new(0) }
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        debug_assert!(!key.starts_with('/') && !key.split('/').any(|part| part == ".."), "keys are made of ids: {key}");
+        self.root.join(key)
+    }
+
+    fn error(&self, what: &'static str, key: &str) -> impl FnOnce(io::Error) -> StoreError {
+        let key = self.root.join(key).display().to_string();
+        move |source| StoreError::Io { what, key, source }
+    }
+
+    /// Makes a directory and its parents durable from the first missing one on.
+    fn ensure_dir(&self, dir: &Path) -> io::Result<()> {
+        if dir.is_dir() {
+            return Ok(());
+        }
+        let parent = dir.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        self.ensure_dir(parent)?;
+        match fs::DirBuilder::new().mode(0o700).create(dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+        sync_dir(parent)
+    }
+
+    fn write_new(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
+        let temporary = dir.join(format!(".{name}.{}-{}.tmp", std::process::id(), self.serial.fetch_add(1, Ordering::Relaxed)));
+        let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
+        let mut file = match open() {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.ensure_dir(dir)?;
+                open()?
+            }
+            // Left by a killed process with the same pid.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                fs::remove_file(&temporary)?;
+                open()?
+            }
+            Err(error) => return Err(error),
+        };
+        let written = file.write_all(content).and_then(|()| file.sync_data()).and_then(|()| fs::rename(&temporary, path));
+        if let Err(error) = written {
+            // The write failed; what remains of it must not stay either, but its own failure says less than the first one.
+            let _ = fs::remove_file(&temporary);
+            return Err(error);
+        }
+        sync_dir(dir)
+    }
+
+    fn lock_path(&self, key: &str) -> PathBuf {
+        self.locks.join(key.replace('/', ":"))
+    }
+
+    fn open_lock(&self, key: &str) -> Result<File, StoreError> {
+        let path = self.lock_path(key);
+        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        open()
+            .or_else(|error| {
+                if error.kind() != io::ErrorKind::NotFound {
+                    return Err(error);
+                }
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.locks)?;
+                open()
+            })
+            .map_err(|source| StoreError::Io { what: "open the lock", key: path.display().to_string(), source })
+    }
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+impl DocumentStore for FileStore {
+    fn read(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        match fs::read(self.path(key)) {
+            Ok(content) => Ok(Some(content)),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(error) => Err(self.error("read", key)(error)),
+        }
+    }
+
+    fn write(&self, key: &str, content: &[u8]) -> Result<(), StoreError> {
+        self.write_new(&self.path(key), content).map_err(self.error("write", key))
+    }
+
+    fn append(&self, key: &str, lines: &[u8]) -> Result<(), StoreError> {
+        let path = self.path(key);
+        let open = || OpenOptions::new().append(true).create(true).mode(0o600).open(&path);
+        let opened = open().or_else(|error| {
+            if error.kind() != io::ErrorKind::NotFound {
+                return Err(error);
+            }
+            self.ensure_dir(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?;
+            open()
+        });
+        let append = |mut file: File| {
+            let before = file.seek(SeekFrom::End(0))?;
+            file.write_all(lines).inspect_err(|_| {
+                // A half-written line would break the chain for every later reader.
+                let _ = file.set_len(before);
+            })
+        };
+        opened.and_then(append).map_err(self.error("append to", key))
+    }
+
+    fn sync(&self, key: &str) -> Result<(), StoreError> {
+        match File::open(self.path(key)) {
+            Ok(file) => file.sync_data().map_err(self.error("sync", key)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(self.error("sync", key)(error)),
+        }
+    }
+
+    fn len(&self, key: &str) -> Result<u64, StoreError> {
+        match fs::metadata(self.path(key)) {
+            Ok(metadata) => Ok(metadata.len()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(self.error("look at", key)(error)),
+        }
+    }
+
+    fn truncate(&self, key: &str, len: u64) -> Result<(), StoreError> {
+        OpenOptions::new().write(true).open(self.path(key)).and_then(|file| file.set_len(len)).map_err(self.error("truncate", key))
+    }
+
+    fn remove(&self, key: &str) -> Result<(), StoreError> {
+        let path = self.path(key);
+        match fs::remove_file(&path) {
+            Ok(()) => path.parent().map_or(Ok(()), sync_dir).map_err(self.error("remove", key)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(self.error("remove", key)(error)),
+        }
+    }
+
+    fn remove_tree(&self, key: &str) -> Result<(), StoreError> {
+        let path = self.path(key);
+        match fs::remove_dir_all(&path) {
+            Ok(()) => path.parent().map_or(Ok(()), sync_dir).map_err(self.error("remove", key)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(self.error("remove", key)(error)),
+        }
+    }
+
+    fn list(&self, key: &str) -> Result<Vec<String>, StoreError> {
+        let entries = match fs::read_dir(self.path(key)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(self.error("list", key)(error)),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(self.error("list", key))?.file_name();
+            match name.to_str() {
+                Some(name) if !name.starts_with('.') => names.push(name.to_owned()),
+                _ => {}
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn quarantine(&self, key: &str) -> Result<String, StoreError> {
+        let from = self.path(key);
+        let name = from.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        for n in 1_u32.. {
+            let to = from.with_file_name(format!(".{name}.quarantined-{n}"));
+            if !to.exists() {
+                fs::rename(&from, &to).map_err(self.error("quarantine", key))?;
+                return Ok(to.display().to_string());
+            }
+        }
+        unreachable!("there are fewer than 2^32 files in a directory")
+    }
+
+    fn lock(&self, key: &str, wait: Wait) -> Result<Box<dyn LockGuard>, StoreError> {
+        let mut file = self.open_lock(key)?;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) if is_same_file(&file, &self.lock_path(key)) => break,
+                // Its last holder retired it after it was opened here.
+                Ok(()) => {
+                    file = self.open_lock(key)?;
+                    continue;
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {}
+                Err(error) => return Err(self.error("lock", key)(error.into())),
+            }
+            if !matches!(wait, Wait::Until(deadline) if Instant::now() < deadline) {
+                let mut record = [0_u8; 16];
+                let holder = file.read(&mut record).ok().filter(|n| *n == 16).map(|_| split(record).1);
+                return Err(StoreError::Locked { key: key.to_owned(), holder });
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let mut record = [0_u8; 16];
+        let generation = if file.read_exact_at(&mut record, 0).is_ok() { split(record).0 } else { 0 };
+        let mut guard = FileLock { file, generation, path: self.lock_path(key) };
+        guard.set_generation(generation);
+        Ok(Box::new(guard))
+    }
+
+    fn is_locked(&self, key: &str) -> Result<bool, StoreError> {
+        let Ok(file) = File::open(self.lock_path(key)) else { return Ok(false) };
+        match flock(&file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(false),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(true),
+            Err(error) => Err(self.error("look at the lock of", key)(error.into())),
+        }
+    }
+}
+
+/// The content of a lock file: the generation and the pid of the last holder, 8 bytes each.
+fn split(record: [u8; 16]) -> (u64, u32) {
+    let (generation, pid) = record.split_at(8);
+    let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("8 bytes"));
+    (number(generation), u32::try_from(number(pid)).unwrap_or(0))
+}
+
+fn is_same_file(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(open), Ok(named)) => open.ino() == named.ino() && open.dev() == named.dev(),
+        _ => false,
+    }
+}
+
+struct FileLock {
+    file: File,
+    path: PathBuf,
+    generation: u64,
+}
+
+impl LockGuard for FileLock {
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn set_generation(&mut self, generation: u64) {
+        self.generation = generation;
+        let mut record = [0_u8; 16];
+        record[..8].copy_from_slice(&generation.to_le_bytes());
+        record[8..].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
+        // Neither the number nor the holder's pid is needed for correctness of the lock itself; a full /run must not stop it.
+        if self.file.write_all_at(&record, 0).is_err() {
+            let _ = self.file.set_len(0);
+        }
+    }
+
+    fn retire(self: Box<Self>) {
+        // Left behind it is an empty file in the run directory, which the next boot clears.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, FileStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FileStore::new(dir.path().join("state"), dir.path().join("locks"));
+        (dir, store)
+    }
+
+    #[test]
+    fn writes_are_whole_and_leave_nothing_else() {
+        let (dir, store) = store();
+        store.write("tenants/acme/tenant.json", b"one").unwrap();
+        store.write("tenants/acme/tenant.json", b"two").unwrap();
+        assert_eq!(store.read("tenants/acme/tenant.json").unwrap().unwrap(), b"two");
+        let files = fs::read_dir(dir.path().join("state/tenants/acme")).unwrap().count();
+        assert_eq!(files, 1);
+        assert_eq!(store.list("tenants").unwrap(), ["acme"]);
+        store.remove_tree("tenants/acme").unwrap();
+        store.remove_tree("tenants/acme").unwrap();
+        assert_eq!(store.read("tenants/acme/tenant.json").unwrap(), None);
+    }
+
+    #[test]
+    fn a_held_lock_is_refused_and_names_its_holder() {
+        let (_dir, store) = store();
+        let mut guard = store.lock("agent", Wait::No).unwrap();
+        guard.set_generation(7);
+        assert!(store.is_locked("agent").unwrap());
+        let error = store.lock("agent", Wait::No).err().unwrap();
+        assert_eq!(error.to_string(), format!("agent is in use by another mvm (process {})", std::process::id()));
+        drop(guard);
+        assert!(!store.is_locked("agent").unwrap());
+        let guard = store.lock("agent", Wait::Until(Instant::now())).unwrap();
+        assert_eq!(guard.generation(), 7);
+        guard.retire();
+        assert!(!store.lock_path("agent").exists());
+        assert_eq!(store.lock("agent", Wait::No).unwrap().generation(), 0);
+    }
+
+    #[test]
+    fn a_torn_document_is_moved_aside_and_never_overwrites_another() {
+        let (_dir, store) = store();
+        for n in 1..=2 {
+            store.write("a/b.json", b"{").unwrap();
+            assert!(store.quarantine("a/b.json").unwrap().ends_with(&format!("a/.b.json.quarantined-{n}")));
+        }
+        assert_eq!(store.list("a").unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn appended_lines_add_up() {
+        let (_dir, store) = store();
+        store.append("a/log", b"1\n").unwrap();
+        store.append("a/log", b"2\n").unwrap();
+        store.sync("a/log").unwrap();
+        assert_eq!(store.read("a/log").unwrap().unwrap(), b"1\n2\n");
+        store.truncate("a/log", 2).unwrap();
+        assert_eq!(store.len("a/log").unwrap(), 2);
+    }
+}

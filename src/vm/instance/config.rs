@@ -1,0 +1,72 @@
+//! The instance's document.
+
+use std::net::Ipv4Addr;
+
+use mvm_types::{InstanceAddress, InstanceId, PoolId, RevisionId, Role, TenantId};
+use serde::{Deserialize, Serialize};
+
+use super::state::{Failure, InstanceState, Transition};
+use crate::infra::clock::Moment;
+use crate::net::{InstanceNetwork, InstanceOffset, TenantNetId, TenantNetwork};
+use crate::store::Document;
+use crate::vm::pool::Blueprint;
+
+/// `tenants/<t>/pools/<p>/instances/<i>/instance.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceDoc {
+    /// The document's version.
+    pub version: u32,
+    /// The instance.
+    pub instance_id: InstanceId,
+    /// Its tenant.
+    pub tenant_id: TenantId,
+    /// Its pool.
+    pub pool_id: PoolId,
+    /// Its pool's role.
+    pub role: Role,
+    /// What it is made from.
+    pub blueprint: Blueprint,
+    /// The image it is made from; none while it is only Created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<RevisionId>,
+    /// Its tenant's net id.
+    pub net_id: TenantNetId,
+    /// Its place in the tenant's subnet, from which address, MAC, TAP name and uid follow.
+    pub offset: InstanceOffset,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// The version of the pool's declaration that its config drive was last built from.
+    pub config_version: u64,
+    /// The epoch of the tenant's secrets that its secrets drive was last built from.
+    pub secrets_epoch: u64,
+    /// When it was made.
+    pub created: Moment,
+    /// Its state.
+    pub state: InstanceState,
+    /// The change of state under way, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transition: Option<Transition>,
+    /// What last went wrong, until it goes right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+}
+
+impl InstanceDoc {
+    /// Returns the instance's address among mvm's nouns.
+    pub fn at(&self) -> InstanceAddress {
+        InstanceAddress::new(self.tenant_id.clone(), self.pool_id.clone(), self.instance_id.clone())
+    }
+
+    /// Returns its network identity.
+    pub fn network(&self, tenant: &TenantNetwork) -> InstanceNetwork {
+        InstanceNetwork { tenant: *tenant, offset: self.offset, forwards: self.role == Role::Gateway }
+    }
+}
+
+impl Document for InstanceDoc {
+    const KIND: &'static str = "instance";
+    const VERSION: u32 = 1;
+    fn version(&self) -> u32 {
+        self.version
+    }
+}

@@ -1,0 +1,7 @@
+//! Instances: microVMs, the only things with runtime state.
+
+mod config;
+mod state;
+
+pub use config::InstanceDoc;
+pub use state::{Failure, IllegalTransition, InstanceState, StateName, StopReason, Transition, TransitionStep, Verb, backoff};

@@ -1,0 +1,5 @@
+//! Tenants, pools and instances: their documents, and the one lifecycle that changes them.
+
+pub mod instance;
+pub mod pool;
+pub mod tenant;

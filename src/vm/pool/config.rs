@@ -1,0 +1,222 @@
+//! The pool's declaration and its document.
+
+use std::collections::BTreeMap;
+
+use mvm_types::{PoolAddress, PoolId, ProfileName, RevisionId, Role, TenantId};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::infra::clock::Moment;
+use crate::store::Document;
+
+/// The flake reference of the image that mvm carries itself.
+pub const BUILTIN: &str = "builtin";
+
+/// What each instance of a pool gets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceResources {
+    /// Virtual CPUs, 1 to 32.
+    #[schemars(range(min = 1, max = 32))]
+    pub vcpus: u8,
+    /// Memory in MiB, at least 64.
+    #[schemars(range(min = 64, max = 1_048_576))]
+    pub mem_mib: u32,
+    /// The persistent data disk in MiB, 0 for none, else at least 8.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 67_108_864))]
+    pub data_disk_mib: u64,
+}
+
+impl Default for InstanceResources {
+    fn default() -> Self {
+        Self { vcpus: 1, mem_mib: 128, data_disk_mib: 0 }
+    }
+}
+
+/// How many instances should be in each state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DesiredCounts {
+    /// Instances that run.
+    pub running: u32,
+    /// Instances whose virtual CPUs are paused, in memory.
+    pub warm: u32,
+    /// Instances on disk as a snapshot.
+    pub sleeping: u32,
+}
+
+impl DesiredCounts {
+    /// Returns how many instances there should be; `u64`, so that it cannot overflow.
+    pub fn total(self) -> u64 {
+        u64::from(self.running) + u64::from(self.warm) + u64::from(self.sleeping)
+    }
+}
+
+/// How long instances keep a state, and how long they are waited for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RuntimePolicy {
+    /// Seconds that an instance runs at least before it is warmed, put to sleep or stopped by a plan.
+    pub min_running_seconds: u32,
+    /// Seconds that an instance is warm at least before it is put to sleep or stopped by a plan.
+    pub min_warm_seconds: u32,
+    /// Seconds that a guest may take to end running work before it sleeps or stops.
+    pub drain_timeout_seconds: u32,
+    /// Seconds that a guest may take to shut down before its VMM is killed.
+    pub graceful_shutdown_seconds: u32,
+}
+
+impl Default for RuntimePolicy {
+    fn default() -> Self {
+        Self { min_running_seconds: 60, min_warm_seconds: 30, drain_timeout_seconds: 30, graceful_shutdown_seconds: 15 }
+    }
+}
+
+/// When a workload that ended is started again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Whenever it ends.
+    #[default]
+    Always,
+    /// When it ends with another exit code than 0, or by a signal.
+    OnFailure,
+    /// Never.
+    Never,
+}
+
+/// A command that the guest agent runs and supervises.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// The program and its arguments; no shell is involved.
+    #[schemars(length(min = 1))]
+    pub command: Vec<String>,
+    /// Its environment, besides `PATH` and `HOME`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// When it is started again.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+}
+
+/// A pool as declared: one homogeneous workload of a tenant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PoolSpec {
+    /// The pool's name within its tenant.
+    pub pool_id: PoolId,
+    /// Its role; fixed for the pool's life.
+    #[serde(default)]
+    pub role: Role,
+    /// Where its image comes from.
+    #[serde(default = "builtin")]
+    pub flake_ref: String,
+    /// The image's profile.
+    #[serde(default = "minimal")]
+    pub profile: ProfileName,
+    /// What each instance gets.
+    #[serde(default)]
+    pub instance_resources: InstanceResources,
+    /// How many instances should be in each state.
+    #[serde(default)]
+    pub desired_counts: DesiredCounts,
+    /// How long instances keep a state.
+    #[serde(default)]
+    pub runtime_policy: RuntimePolicy,
+    /// Pools of the same tenant that must be ready before this one starts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub depends_on: Vec<PoolId>,
+    /// No plan warms, puts to sleep, stops or destroys an instance of a pinned pool because there are too many.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub pinned: bool,
+    /// A critical pool comes before the others of its role: it gets room first and gives it up last.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub critical: bool,
+    /// What the instances of a built-in image run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload: Option<Workload>,
+}
+
+fn builtin() -> String {
+    BUILTIN.to_owned()
+}
+
+fn minimal() -> ProfileName {
+    "minimal".parse().expect("minimal is a profile name")
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // The signature is serde's.
+fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+impl PoolSpec {
+    /// Declares a pool with the defaults of the desired-state document.
+    pub fn new(pool_id: PoolId, role: Role) -> Self {
+        Self {
+            pool_id,
+            role,
+            flake_ref: builtin(),
+            profile: minimal(),
+            instance_resources: InstanceResources::default(),
+            desired_counts: DesiredCounts::default(),
+            runtime_policy: RuntimePolicy::default(),
+            depends_on: Vec::new(),
+            pinned: false,
+            critical: false,
+            workload: None,
+        }
+    }
+
+    /// Returns what an instance is made from; an instance made from something else has to be replaced.
+    pub fn blueprint(&self) -> Blueprint {
+        Blueprint { resources: self.instance_resources.clone(), profile: self.profile.clone(), workload: self.workload.clone() }
+    }
+}
+
+/// What an instance is made from, besides its image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blueprint {
+    /// CPUs, memory and disk.
+    pub resources: InstanceResources,
+    /// The profile of its image.
+    pub profile: ProfileName,
+    /// What it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload: Option<Workload>,
+}
+
+/// `tenants/<t>/pools/<p>/pool.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolDoc {
+    /// The document's version.
+    pub version: u32,
+    /// The tenant.
+    pub tenant_id: TenantId,
+    /// What was declared.
+    pub spec: PoolSpec,
+    /// The image that instances are made from; none before the first build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<RevisionId>,
+    /// Counts changes of the declaration; config drives carry it.
+    pub config_version: u64,
+    /// When it was made.
+    pub created: Moment,
+}
+
+impl PoolDoc {
+    /// Returns the pool's address.
+    pub fn address(&self) -> PoolAddress {
+        PoolAddress::new(self.tenant_id.clone(), self.spec.pool_id.clone())
+    }
+}
+
+impl Document for PoolDoc {
+    const KIND: &'static str = "pool";
+    const VERSION: u32 = 1;
+    fn version(&self) -> u32 {
+        self.version
+    }
+}

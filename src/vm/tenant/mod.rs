@@ -1,0 +1,5 @@
+//! Tenants: the boundary of security, quota and network.
+
+mod config;
+
+pub use config::{NetworkSpec, Quotas, TenantDoc};
