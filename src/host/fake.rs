@@ -10,9 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mvm_types::{InstanceAddress, InstanceId};
 
-use super::{
-    Ability, DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork,
-};
+use super::{Ability, DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork};
 use crate::net::{InstanceNetwork, Ruleset, TenantNetwork};
 
 /// When, at the effect in question, the process is killed.
@@ -210,7 +208,9 @@ impl Host for FakeHost {
     }
 
     fn apply_ruleset(&self, ruleset: &Ruleset) -> Result<(), HostError> {
-        let fingerprint = ruleset.fingerprint().map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
+        let fingerprint = ruleset
+            .fingerprint()
+            .map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
         if self.look(|state| state.ruleset.as_ref() == Some(&fingerprint))? {
             return Ok(());
         }
@@ -244,7 +244,10 @@ impl Host for FakeHost {
                 NetworkCheck { what: format!("bridge {} is there", tenant.bridge()), fault: missing.then(|| "it is missing".to_owned()) }
             });
             let stale = ruleset.fingerprint().ok() != state.ruleset;
-            let rules = NetworkCheck { what: "packet filter rules are loaded and unchanged".into(), fault: stale.then(|| "they are not".to_owned()) };
+            let rules = NetworkCheck {
+                what: "packet filter rules are loaded and unchanged".into(),
+                fault: stale.then(|| "they are not".to_owned()),
+            };
             std::iter::once(rules).chain(bridges).collect()
         })
     }

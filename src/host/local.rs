@@ -9,7 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use mvm_hostd::dir::Dir;
 use mvm_hostd::drive::{self, ImageFile};
 use mvm_hostd::netlink::{BridgeSpec, Netlink};
-use mvm_hostd::{HostdError, facts, nft, sysctl, tap};
+use mvm_hostd::tap::{self, TapSpec};
+use mvm_hostd::{HostdError, facts, nft, sysctl};
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
 
 use super::{DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork, verify};
@@ -102,14 +103,20 @@ impl Host for LocalHost {
         if !nft::was_loaded(&self.run()?)? {
             return Err(HostError::Failed {
                 what: format!("cannot make TAP {}", network.tap()),
-                why: "no packet filter rules have been loaded since the host booted, and a guest without them could spoof and reach anything".into(),
+                why:
+                    "no packet filter rules have been loaded since the host booted, and a guest without them could spoof and reach anything"
+                        .into(),
             });
         }
-        Ok(tap::create_tap(&*self.netlink()?, &network.tap(), &network.tenant.bridge(), uid, &self.alias)?)
+        let (name, bridge) = (network.tap(), network.tenant.bridge());
+        let spec = TapSpec { name: &name, bridge: &bridge, guest_mac: network.mac().0, owner: uid, alias: &self.alias };
+        Ok(tap::create_tap(&*self.netlink()?, &spec)?)
     }
 
     fn apply_ruleset(&self, ruleset: &Ruleset) -> Result<(), HostError> {
-        let text = ruleset.render().map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
+        let text = ruleset
+            .render()
+            .map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
         nft::apply(&self.run()?, &text, &Ruleset::name_of(&text))?;
         Ok(())
     }
@@ -165,7 +172,8 @@ impl Host for LocalHost {
 
     fn open_data_disk(&self, at: &InstanceAddress) -> Result<OwnedFd, HostError> {
         let volumes = self.state()?.try_dir(self.below_state(&self.paths.volumes(at))?)?;
-        let volumes = volumes.ok_or_else(|| HostError::Failed { what: format!("cannot open the data disk of {at}"), why: "it was not made".into() })?;
+        let volumes = volumes
+            .ok_or_else(|| HostError::Failed { what: format!("cannot open the data disk of {at}"), why: "it was not made".into() })?;
         Ok(drive::open_data_disk(&volumes, DATA_DISK)?)
     }
 

@@ -6,10 +6,11 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use futures_util::TryStreamExt;
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
-use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkMessageBuilder, LinkUnspec};
+use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
+use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec};
 
 use crate::error::{During, HostdError};
 use crate::sysctl;
@@ -116,7 +117,8 @@ impl Netlink {
         let found = match self.link(spec.name)? {
             Some(link) => link,
             None => {
-                let create = LinkMessageBuilder::<LinkBridge>::new(spec.name).address(spec.mac.to_vec()).mtu(spec.mtu).build();
+                let create =
+                    LinkMessageBuilder::<LinkBridge>::new(spec.name).address(spec.mac.to_vec()).mtu(spec.mtu).mcast_snooping(false).build();
                 match self.runtime.block_on(self.handle.link().add(create).execute()) {
                     Ok(()) => {}
                     // Another process of ours was quicker.
@@ -191,14 +193,25 @@ impl Netlink {
         Ok(removed)
     }
 
-    /// Attaches a link to a bridge, marks it and brings it up, in one message.
-    pub fn attach(&self, name: &str, bridge: &str, alias: &str) -> Result<(), HostdError> {
+    /// Attaches a link to a bridge, marks it and brings it up.
+    ///
+    /// The bridge does not learn from the port: it is told the one MAC that is behind it. Frames to some groups (LLDP's
+    /// 01:80:c2:00:00:0e) would otherwise teach it another's MAC past every hook of the packet filter.
+    pub fn attach(&self, name: &str, bridge: &str, mac: [u8; 6], alias: &str) -> Result<(), HostdError> {
         let what = format!("cannot attach {name} to bridge {bridge}");
         let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).during(|| what.clone())?;
         let master = rustix::net::netdevice::name_to_index(&socket, bridge).during(|| format!("{what}: no such bridge"))?;
         let index = rustix::net::netdevice::name_to_index(&socket, name).during(|| what.clone())?;
-        let message = LinkUnspec::new_with_index(index).alias(alias).controller(master).up().build();
-        self.runtime.block_on(self.handle.link().set(message).execute()).map_err(|error| netlink_error(&what, error))
+        let attached = LinkUnspec::new_with_index(index).alias(alias).controller(master).build();
+        let told =
+            self.handle.neighbours().add_bridge(index, &mac).state(NeighbourState::Noarp).flags(NeighbourFlags::Controller).replace();
+        let up = LinkBridgePort::new(index).learning(false).up().build();
+        let done = self.runtime.block_on(async {
+            self.handle.link().set(attached).execute().await?;
+            told.execute().await?;
+            self.handle.link().change(up).execute().await
+        });
+        done.map_err(|error| netlink_error(&what, error))
     }
 }
 
@@ -211,7 +224,10 @@ fn refuse_foreign(what: &str, link: &Link, alias: &str, mac: [u8; 6]) -> Result<
         return Ok(());
     }
     let owner = link.alias.as_deref().unwrap_or("nobody that mvm knows");
-    Err(HostdError::refused(what, format!("interface {} is there already and belongs to {owner:?}, not to {alias:?}; remove or rename it", link.name)))
+    Err(HostdError::refused(
+        what,
+        format!("interface {} is there already and belongs to {owner:?}, not to {alias:?}; remove or rename it", link.name),
+    ))
 }
 
 impl From<LinkMessage> for Link {

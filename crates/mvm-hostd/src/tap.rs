@@ -23,13 +23,29 @@ struct InterfaceRequest {
     rest: [u8; 22],
 }
 
-/// Makes the TAP `name` for the user `owner`, attaches it to `bridge`, marks it with `alias` and brings it up.
+/// What a TAP should be like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TapSpec<'a> {
+    /// Its name, at most 15 letters and digits.
+    pub name: &'a str,
+    /// The bridge that it becomes a port of.
+    pub bridge: &'a str,
+    /// The MAC of the guest behind it, the only one the bridge sends it frames for.
+    pub guest_mac: [u8; 6],
+    /// The user who may open it besides root.
+    pub owner: Option<u32>,
+    /// The alias that marks it as ours.
+    pub alias: &'a str,
+}
+
+/// Makes a TAP, attaches it to its bridge and brings it up.
 ///
 /// It has no packet information header, but virtio-net's (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`). It is not persistent:
 /// nothing can leave it behind.
 ///
 /// Errors when a process still holds a TAP of that name.
-pub fn create_tap(netlink: &Netlink, name: &str, bridge: &str, owner: Option<u32>, alias: &str) -> Result<OwnedFd, HostdError> {
+pub fn create_tap(netlink: &Netlink, spec: &TapSpec<'_>) -> Result<OwnedFd, HostdError> {
+    let name = spec.name;
     let what = || format!("cannot make TAP {name}");
     if name.is_empty() || name.len() >= NAME_SIZE || name.bytes().any(|byte| !byte.is_ascii_alphanumeric()) {
         return Err(HostdError::refused(what(), "an interface name is 1 to 15 letters and digits here"));
@@ -49,13 +65,13 @@ pub fn create_tap(netlink: &Netlink, name: &str, bridge: &str, owner: Option<u32
         return Err(HostdError::refused(what(), "another process still holds it; its VMM runs, or is just ending"));
     }
     made.during(what)?;
-    if let Some(owner) = owner {
+    if let Some(owner) = spec.owner {
         let owner = usize::try_from(owner).expect("a uid fits into a pointer");
         // SAFETY: `TUNSETOWNER` takes the uid as an integer argument and accesses no memory.
         unsafe { ioctl::ioctl(&tap, ioctl::IntegerSetter::<TUNSETOWNER>::new_usize(owner)) }.during(what)?;
     }
     // A port needs no addresses of its own, and without IPv6 it does not talk into the bridge by itself.
     crate::sysctl::set_port(name)?;
-    netlink.attach(name, bridge, alias)?;
+    netlink.attach(name, spec.bridge, spec.guest_mac, spec.alias)?;
     Ok(tap)
 }

@@ -1,0 +1,4 @@
+//! Tests with the real kernel; they need root and clean up after themselves.
+
+mod network;
+mod wire;
