@@ -3,6 +3,14 @@
 //! Requests carry ids and numbers, never shell text; paths are derived from them on this side of the seam. Every verb is
 //! idempotent, so that whoever finds a half-done operation can repeat it.
 
+mod fake;
+mod local;
+mod verify;
+
+pub use fake::{FakeHost, FakeState, Moment};
+pub use local::LocalHost;
+pub use mvm_hostd::facts::{Ability, HostFacts};
+
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -46,13 +54,26 @@ pub struct ObservedNetwork {
     /// The tenant bridges that are there and ours, by name.
     pub bridges: std::collections::BTreeSet<String>,
     /// The hash of the rules that are loaded, when they are those that mvm loaded last and nobody changed them.
+    ///
+    /// Compare with [`Ruleset::fingerprint`].
     pub ruleset: Option<String>,
+    /// Whether the host forwards between its interfaces.
+    pub forwards: bool,
+}
+
+/// One thing that `mvm net verify` looked at from the host's side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkCheck {
+    /// What should be so.
+    pub what: String,
+    /// What is wrong with it, and what to do; `None` when nothing is.
+    pub fault: Option<String>,
 }
 
 /// What should exist; everything else that carries this node's mark goes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostExpectations {
-    /// Net ids of the tenants that are there.
+    /// The names of the bridges of the tenants that are there.
     pub bridges: std::collections::BTreeSet<String>,
     /// Instances that may have a run directory and in-memory drives.
     pub instances: std::collections::BTreeSet<InstanceId>,
@@ -67,13 +88,24 @@ pub trait Host: Send + Sync {
     fn remove_tenant_network(&self, network: &TenantNetwork) -> Result<(), HostError>;
 
     /// Makes the instance's TAP on its tenant's bridge and opens it. It is gone when the last descriptor is closed.
+    ///
+    /// # Errors
+    /// When no rules have been loaded since the host booted.
     fn create_tap(&self, network: &InstanceNetwork, uid: Option<u32>) -> Result<OwnedFd, HostError>;
 
     /// Loads the packet filter rules in one transaction, unless they are loaded already.
+    ///
+    /// An instance must be in the rules before its TAP is made: a port that no rule lists passes nothing.
     fn apply_ruleset(&self, ruleset: &Ruleset) -> Result<(), HostError>;
 
-    /// Removes every rule of mvm.
+    /// Removes every rule of mvm, and takes back what was changed of the host's settings.
     fn remove_ruleset(&self) -> Result<(), HostError>;
+
+    /// Checks from the host's side that bridges, ports and rules are as the state says, without spawning a process.
+    fn verify_network(&self, ruleset: &Ruleset) -> Result<Vec<NetworkCheck>, HostError>;
+
+    /// Gathers what this host is and can do.
+    fn facts(&self) -> Result<HostFacts, HostError>;
 
     /// Looks at bridges and rules without spawning a process.
     fn observe_network(&self) -> Result<ObservedNetwork, HostError>;

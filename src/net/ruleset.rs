@@ -148,6 +148,18 @@ impl Ruleset {
         text.push_str("}\n");
         Ok(text)
     }
+
+    /// Names the ruleset by its content: 32 hex digits, the same for the same text only.
+    ///
+    /// Errors as [`Ruleset::render`] does.
+    pub fn fingerprint(&self) -> Result<String, NetError> {
+        Ok(Self::name_of(&self.render()?))
+    }
+
+    /// The fingerprint of a text that was rendered already.
+    pub fn name_of(text: &str) -> String {
+        blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
+    }
 }
 
 fn set(text: &mut String, name: &str, kind: &str, flags: &str, elements: impl IntoIterator<Item = impl Display>) {

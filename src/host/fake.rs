@@ -1,0 +1,411 @@
+//! A host that only remembers: for scenarios, for scale runs, and for killing mvm at every effect.
+//!
+//! What it holds outlives the processes that it simulates: clones share it, and after a kill [`FakeHost::revive`] is what
+//! the next process of mvm finds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mvm_types::{InstanceAddress, InstanceId};
+
+use super::{
+    Ability, DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork,
+};
+use crate::net::{InstanceNetwork, Ruleset, TenantNetwork};
+
+/// When, at the effect in question, the process is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// Before the effect happens.
+    Before,
+    /// After it happened, before the caller hears of it.
+    After,
+}
+
+/// What the simulated host holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FakeState {
+    /// Bridges with their tenants' networks.
+    pub bridges: BTreeMap<String, TenantNetwork>,
+    /// The fingerprint of the rules that are loaded.
+    pub ruleset: Option<String>,
+    /// The TAPs that the loaded rules list.
+    pub listed_taps: BTreeSet<String>,
+    /// Whether the host forwards.
+    pub forwards: bool,
+    /// Instances with a run directory.
+    pub run_dirs: BTreeSet<InstanceId>,
+    /// Sizes of data disks, in MiB.
+    pub data_disks: BTreeMap<InstanceAddress, u64>,
+}
+
+impl FakeState {
+    /// Lists in words what is there; nothing when a fleet was removed whole.
+    pub fn leftovers(&self) -> Vec<String> {
+        let bridges = self.bridges.keys().map(|name| format!("bridge {name}"));
+        let taps = self.listed_taps.iter().map(|name| format!("rule for {name}"));
+        let runs = self.run_dirs.iter().map(|instance| format!("run directory of {instance}"));
+        let disks = self.data_disks.keys().map(|at| format!("data disk of {at}"));
+        bridges.chain(taps).chain(runs).chain(disks).collect()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    state: FakeState,
+    effects: Vec<String>,
+    record: bool,
+    count: usize,
+    kill: Option<(usize, Moment)>,
+    killed: Option<usize>,
+    failures: BTreeMap<usize, String>,
+}
+
+/// The simulated host; clones are the same host.
+#[derive(Debug, Clone, Default)]
+pub struct FakeHost {
+    inner: Arc<Mutex<Inner>>,
+}
+
+impl FakeHost {
+    /// Makes a host on which there is nothing, and which does not record effects: for scale runs.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes a host that records every effect.
+    pub fn recording() -> Self {
+        let host = Self::default();
+        host.lock().record = true;
+        host
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the process die at the effect of that number, counted from 0 since the host was made or revived.
+    ///
+    /// From then on everything answers [`HostError::Killed`], until [`FakeHost::revive`].
+    pub fn kill_at(&self, effect: usize, moment: Moment) {
+        self.lock().kill = Some((effect, moment));
+    }
+
+    /// Makes the effect of that number fail with a message; nothing of it happens.
+    pub fn fail_at(&self, effect: usize, why: impl Into<String>) {
+        self.lock().failures.insert(effect, why.into());
+    }
+
+    /// Starts a new process on the same host: the count begins at 0, and no kill or failure is planned.
+    pub fn revive(&self) {
+        let mut inner = self.lock();
+        (inner.count, inner.kill, inner.killed) = (0, None, None);
+        inner.failures.clear();
+    }
+
+    /// Simulates a reboot of the host: bridges, rules and run directories are gone, disks are not.
+    pub fn reboot(&self) {
+        self.revive();
+        let mut inner = self.lock();
+        let data_disks = std::mem::take(&mut inner.state.data_disks);
+        inner.state = FakeState { data_disks, ..FakeState::default() };
+    }
+
+    /// How many effects there were since the host was made or revived.
+    pub fn count(&self) -> usize {
+        self.lock().count
+    }
+
+    /// Takes the effects recorded so far, in words: `create_tap tn5i0`.
+    pub fn take_effects(&self) -> Vec<String> {
+        std::mem::take(&mut self.lock().effects)
+    }
+
+    /// Copies what the host holds.
+    pub fn state(&self) -> FakeState {
+        self.lock().state.clone()
+    }
+
+    /// Looks without an effect.
+    fn look<T>(&self, read: impl FnOnce(&FakeState) -> T) -> Result<T, HostError> {
+        let inner = self.lock();
+        match inner.killed {
+            Some(at) => Err(HostError::Killed(at)),
+            None => Ok(read(&inner.state)),
+        }
+    }
+
+    /// Does one effect, or dies of it.
+    fn effect<T>(&self, words: impl FnOnce() -> String, apply: impl FnOnce(&mut FakeState) -> Result<T, String>) -> Result<T, HostError> {
+        let mut inner = self.lock();
+        if let Some(at) = inner.killed {
+            return Err(HostError::Killed(at));
+        }
+        let number = inner.count;
+        inner.count += 1;
+        if inner.kill == Some((number, Moment::Before)) {
+            inner.killed = Some(number);
+            return Err(HostError::Killed(number));
+        }
+        let words = words();
+        let result = match inner.failures.remove(&number) {
+            Some(why) => Err(why),
+            None => apply(&mut inner.state),
+        };
+        if inner.kill == Some((number, Moment::After)) {
+            inner.killed = Some(number);
+            return Err(HostError::Killed(number));
+        }
+        if result.is_ok() && inner.record {
+            inner.effects.push(words.clone());
+        }
+        result.map_err(|why| HostError::Failed { what: words, why })
+    }
+}
+
+/// A descriptor that takes and gives nothing.
+fn null() -> Result<OwnedFd, HostError> {
+    let file = std::fs::File::options().read(true).write(true).open("/dev/null");
+    file.map(OwnedFd::from).map_err(|source| HostError::Io { what: "cannot open /dev/null".into(), source })
+}
+
+impl Host for FakeHost {
+    fn ensure_tenant_network(&self, network: &TenantNetwork) -> Result<(), HostError> {
+        self.effect(
+            || format!("ensure_tenant_network {}", network.bridge()),
+            |state| {
+                state.bridges.insert(network.bridge(), *network);
+                state.forwards = true;
+                Ok(())
+            },
+        )
+    }
+
+    fn remove_tenant_network(&self, network: &TenantNetwork) -> Result<(), HostError> {
+        self.effect(
+            || format!("remove_tenant_network {}", network.bridge()),
+            |state| {
+                state.bridges.remove(&network.bridge());
+                Ok(())
+            },
+        )
+    }
+
+    fn create_tap(&self, network: &InstanceNetwork, _uid: Option<u32>) -> Result<OwnedFd, HostError> {
+        self.effect(
+            || format!("create_tap {}", network.tap()),
+            |state| {
+                if !state.bridges.contains_key(&network.tenant.bridge()) {
+                    return Err(format!("there is no bridge {}", network.tenant.bridge()));
+                }
+                if !state.listed_taps.contains(&network.tap()) {
+                    return Err("no loaded rule lists it, so it would pass nothing".into());
+                }
+                Ok(())
+            },
+        )?;
+        null()
+    }
+
+    fn apply_ruleset(&self, ruleset: &Ruleset) -> Result<(), HostError> {
+        let fingerprint = ruleset.fingerprint().map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
+        if self.look(|state| state.ruleset.as_ref() == Some(&fingerprint))? {
+            return Ok(());
+        }
+        let taps = ruleset.tenants.iter().flat_map(|(_, instances)| instances.iter().map(InstanceNetwork::tap)).collect();
+        self.effect(
+            || "apply_ruleset".into(),
+            |state| {
+                state.ruleset = Some(fingerprint);
+                state.listed_taps = taps;
+                Ok(())
+            },
+        )
+    }
+
+    fn remove_ruleset(&self) -> Result<(), HostError> {
+        self.effect(
+            || "remove_ruleset".into(),
+            |state| {
+                state.ruleset = None;
+                state.listed_taps.clear();
+                state.forwards = false;
+                Ok(())
+            },
+        )
+    }
+
+    fn verify_network(&self, ruleset: &Ruleset) -> Result<Vec<NetworkCheck>, HostError> {
+        self.look(|state| {
+            let bridges = ruleset.tenants.iter().map(|(tenant, _)| {
+                let missing = !state.bridges.contains_key(&tenant.bridge());
+                NetworkCheck { what: format!("bridge {} is there", tenant.bridge()), fault: missing.then(|| "it is missing".to_owned()) }
+            });
+            let stale = ruleset.fingerprint().ok() != state.ruleset;
+            let rules = NetworkCheck { what: "packet filter rules are loaded and unchanged".into(), fault: stale.then(|| "they are not".to_owned()) };
+            std::iter::once(rules).chain(bridges).collect()
+        })
+    }
+
+    fn facts(&self) -> Result<HostFacts, HostError> {
+        let simulated = || Ability::Yes("simulated".into());
+        self.look(|state| HostFacts {
+            kernel: "simulated".into(),
+            boot_id: "00000000-0000-0000-0000-000000000000".into(),
+            cpus: 64,
+            memory_total_mib: 1 << 20,
+            memory_available_mib: 1 << 20,
+            swap_total_mib: 0,
+            is_root: true,
+            tun: simulated(),
+            cgroup2_controllers: Vec::new(),
+            cgroup2_mount: None,
+            nftables: simulated(),
+            nft: simulated(),
+            mke2fs: simulated(),
+            ip_forward: state.forwards,
+            bridge_netfilter: false,
+            run_in_memory: true,
+            state_free_mib: 1 << 30,
+            state_total_mib: 1 << 30,
+        })
+    }
+
+    fn observe_network(&self) -> Result<ObservedNetwork, HostError> {
+        self.look(|state| ObservedNetwork {
+            bridges: state.bridges.keys().cloned().collect(),
+            ruleset: state.ruleset.clone(),
+            forwards: state.forwards,
+        })
+    }
+
+    fn ensure_run_dir(&self, instance: &InstanceId) -> Result<PathBuf, HostError> {
+        self.effect(
+            || format!("ensure_run_dir {instance}"),
+            |state| {
+                state.run_dirs.insert(instance.clone());
+                Ok(PathBuf::from("/nonexistent").join(instance.as_str()))
+            },
+        )
+    }
+
+    fn remove_run_dir(&self, instance: &InstanceId) -> Result<(), HostError> {
+        self.effect(
+            || format!("remove_run_dir {instance}"),
+            |state| {
+                state.run_dirs.remove(instance);
+                Ok(())
+            },
+        )
+    }
+
+    fn ensure_data_disk(&self, at: &InstanceAddress, size_mib: u64) -> Result<(), HostError> {
+        self.effect(
+            || format!("ensure_data_disk {at}"),
+            |state| {
+                let disk = state.data_disks.entry(at.clone()).or_insert(size_mib);
+                if *disk > size_mib {
+                    return Err(format!("it has {disk} MiB and cannot shrink to {size_mib} MiB"));
+                }
+                *disk = size_mib;
+                Ok(())
+            },
+        )
+    }
+
+    fn open_data_disk(&self, at: &InstanceAddress) -> Result<OwnedFd, HostError> {
+        if self.look(|state| state.data_disks.contains_key(at))? {
+            return null();
+        }
+        Err(HostError::Failed { what: format!("cannot open the data disk of {at}"), why: "it was not made".into() })
+    }
+
+    fn build_drive(&self, instance: &InstanceId, label: DriveLabel, _files: &[DriveFile]) -> Result<OwnedFd, HostError> {
+        self.effect(|| format!("build_drive {} of {instance}", label.as_str()), |_| Ok(()))?;
+        null()
+    }
+
+    fn remove_instance_files(&self, at: &InstanceAddress) -> Result<(), HostError> {
+        self.effect(
+            || format!("remove_instance_files {at}"),
+            |state| {
+                state.data_disks.remove(at);
+                Ok(())
+            },
+        )
+    }
+
+    fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError> {
+        self.effect(|| format!("remove_snapshot {at}"), |_| Ok(()))
+    }
+
+    fn sweep(&self, expected: &HostExpectations) -> Result<Vec<String>, HostError> {
+        let stray = self.look(|state| {
+            let bridges: Vec<String> = state.bridges.keys().filter(|name| !expected.bridges.contains(*name)).cloned().collect();
+            let runs: Vec<InstanceId> = state.run_dirs.difference(&expected.instances).cloned().collect();
+            (bridges, runs)
+        })?;
+        let (bridges, runs) = stray;
+        if bridges.is_empty() && runs.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.effect(
+            || "sweep".into(),
+            |state| {
+                state.bridges.retain(|name, _| !bridges.contains(name));
+                state.run_dirs.retain(|instance| !runs.contains(instance));
+                let bridges = bridges.iter().map(|name| format!("bridge {name}"));
+                Ok(bridges.chain(runs.iter().map(|instance| format!("directory of {instance}"))).collect())
+            },
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn network() -> TenantNetwork {
+        TenantNetwork { net_id: 5.try_into().unwrap(), subnet: "10.240.5.0/24".parse().unwrap() }
+    }
+
+    #[test]
+    fn a_kill_stops_the_process_and_not_the_host() {
+        let host = FakeHost::recording();
+        host.kill_at(1, Moment::After);
+        host.ensure_tenant_network(&network()).unwrap();
+        let instance = InstanceId::from_bits(1);
+        assert!(matches!(host.ensure_run_dir(&instance), Err(HostError::Killed(1))));
+        assert!(matches!(host.observe_network(), Err(HostError::Killed(1))));
+        assert_eq!(host.take_effects(), ["ensure_tenant_network br-tenant-5"]);
+        host.revive();
+        assert_eq!(host.state().leftovers(), ["bridge br-tenant-5", "run directory of i-00000001"]);
+        assert_eq!(host.sweep(&HostExpectations::default()).unwrap().len(), 2);
+        assert!(host.state().leftovers().is_empty());
+        assert!(host.sweep(&HostExpectations::default()).unwrap().is_empty());
+        assert_eq!(host.count(), 1);
+    }
+
+    #[test]
+    fn a_port_needs_its_bridge_and_its_rules_first() {
+        let host = FakeHost::new();
+        let instance = InstanceNetwork { tenant: network(), offset: crate::net::InstanceOffset(0), forwards: false };
+        host.ensure_tenant_network(&network()).unwrap();
+        assert!(host.create_tap(&instance, None).is_err());
+        host.apply_ruleset(&Ruleset { tenants: vec![(network(), vec![instance])] }).unwrap();
+        host.create_tap(&instance, None).unwrap();
+        host.reboot();
+        assert!(host.create_tap(&instance, None).is_err());
+    }
+
+    #[test]
+    fn a_scripted_failure_happens_once_and_does_nothing() {
+        let host = FakeHost::new();
+        host.fail_at(0, "no space left");
+        assert_eq!(host.ensure_tenant_network(&network()).unwrap_err().to_string(), "ensure_tenant_network br-tenant-5: no space left");
+        assert!(host.state().leftovers().is_empty());
+        host.ensure_tenant_network(&network()).unwrap();
+    }
+}
