@@ -88,6 +88,6 @@ impl Observed {
 
     /// Returns the hash of the rules that the documents give; `None` where they give none.
     pub fn ruleset_hash(&self) -> Option<String> {
-        self.ruleset().hash()
+        self.ruleset().fingerprint().ok()
     }
 }

@@ -102,14 +102,18 @@ impl Host for LocalHost {
         if !nft::was_loaded(&self.run()?)? {
             return Err(HostError::Failed {
                 what: format!("cannot make TAP {}", network.tap()),
-                why: "no packet filter rules have been loaded since the host booted, and a guest without them could spoof and reach anything".into(),
+                why:
+                    "no packet filter rules have been loaded since the host booted, and a guest without them could spoof and reach anything"
+                        .into(),
             });
         }
         Ok(tap::create_tap(&*self.netlink()?, &network.tap(), &network.tenant.bridge(), uid, &self.alias)?)
     }
 
     fn apply_ruleset(&self, ruleset: &Ruleset) -> Result<(), HostError> {
-        let text = ruleset.render().map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
+        let text = ruleset
+            .render()
+            .map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
         nft::apply(&self.run()?, &text, &Ruleset::name_of(&text))?;
         Ok(())
     }
@@ -165,7 +169,8 @@ impl Host for LocalHost {
 
     fn open_data_disk(&self, at: &InstanceAddress) -> Result<OwnedFd, HostError> {
         let volumes = self.state()?.try_dir(self.below_state(&self.paths.volumes(at))?)?;
-        let volumes = volumes.ok_or_else(|| HostError::Failed { what: format!("cannot open the data disk of {at}"), why: "it was not made".into() })?;
+        let volumes = volumes
+            .ok_or_else(|| HostError::Failed { what: format!("cannot open the data disk of {at}"), why: "it was not made".into() })?;
         Ok(drive::open_data_disk(&volumes, DATA_DISK)?)
     }
 

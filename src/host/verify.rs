@@ -20,12 +20,17 @@ pub(super) fn verify(host: &LocalHost, ruleset: &Ruleset) -> Result<Vec<NetworkC
         Some(run) => nft::loaded(&run)?,
         None => None,
     };
-    let wanted = ruleset.fingerprint().map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
-    check("packet filter rules are loaded and unchanged".into(), match loaded {
-        Some(loaded) if loaded == wanted => None,
-        Some(_) => Some(format!("older rules are loaded; {REPAIR}")),
-        None => Some(format!("they are not loaded, or another program changed rules since; {REPAIR}")),
-    });
+    let wanted = ruleset
+        .fingerprint()
+        .map_err(|error| HostError::Failed { what: "cannot render the packet filter rules".into(), why: error.to_string() })?;
+    check(
+        "packet filter rules are loaded and unchanged".into(),
+        match loaded {
+            Some(loaded) if loaded == wanted => None,
+            Some(_) => Some(format!("older rules are loaded; {REPAIR}")),
+            None => Some(format!("they are not loaded, or another program changed rules since; {REPAIR}")),
+        },
+    );
     if !ruleset.tenants.is_empty() {
         let off = (!sysctl::forwards()?).then(|| format!("net.ipv4.ip_forward is 0, so nothing leaves the host; {REPAIR}"));
         check("the host forwards".into(), off);
@@ -59,7 +64,10 @@ pub(super) fn verify(host: &LocalHost, ruleset: &Ruleset) -> Result<Vec<NetworkC
             };
             check(format!("TAP {} is a port of {wanted}", link.name), fault);
         } else if let Some(bridge) = bridge.filter(|bridge| bridge.starts_with(BRIDGE_PREFIX)) {
-            check(format!("bridge {bridge} has only ports that mvm knows"), Some(format!("{} is none of them; find out who added it", link.name)));
+            check(
+                format!("bridge {bridge} has only ports that mvm knows"),
+                Some(format!("{} is none of them; find out who added it", link.name)),
+            );
         }
     }
     Ok(checks)

@@ -2,5 +2,6 @@
 
 pub mod clock;
 pub mod failure;
+pub mod kill_switch;
 pub mod paths;
 pub mod process;

@@ -96,11 +96,6 @@ pub struct Ruleset {
 }
 
 impl Ruleset {
-    /// Returns the BLAKE3 hash of the text, in hex, by which loaded rules are compared; `None` when it cannot be rendered.
-    pub fn hash(&self) -> Option<String> {
-        self.render().ok().map(|text| blake3::hash(text.as_bytes()).to_hex().to_string())
-    }
-
     /// Renders the text for `nft -f -`: one transaction that replaces both of mvm's tables and touches no other.
     ///
     /// The same state gives the same text in whatever order it is listed.

@@ -64,7 +64,10 @@ impl Dir {
         let mut at = self.reopen()?;
         for component in below.as_ref().components() {
             let Component::Normal(name) = component else {
-                return Err(HostdError::refused(format!("cannot make directory {}", self.path.join(below.as_ref()).display()), "the path is not plain"));
+                return Err(HostdError::refused(
+                    format!("cannot make directory {}", self.path.join(below.as_ref()).display()),
+                    "the path is not plain",
+                ));
             };
             let path = at.path.join(name);
             match rustix::fs::mkdirat(&at.fd, name, Mode::from_bits_truncate(mode)) {

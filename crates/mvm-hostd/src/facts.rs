@@ -106,7 +106,10 @@ pub fn gather(state: &Dir, run: &Dir) -> Result<HostFacts, HostdError> {
         memory_available_mib: kib(&memory, "MemAvailable:") / 1024,
         swap_total_mib: kib(&memory, "SwapTotal:") / 1024,
         is_root: rustix::process::geteuid().is_root(),
-        tun: Ability::of(tun.during(|| "/dev/net/tun does not open; load the kernel module tun (modprobe tun)".to_owned()).map(|_| "/dev/net/tun".into())),
+        tun: Ability::of(
+            tun.during(|| "/dev/net/tun does not open; load the kernel module tun (modprobe tun)".to_owned())
+                .map(|_| "/dev/net/tun".into()),
+        ),
         cgroup2_controllers: controllers.unwrap_or_default().split_whitespace().map(str::to_owned).collect(),
         cgroup2_mount,
         nftables: Ability::of(crate::nft::generation().map(|generation| format!("generation {generation}"))),

@@ -6,9 +6,9 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use futures_util::TryStreamExt;
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
-use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkMessageBuilder, LinkUnspec};
 
 use crate::error::{During, HostdError};
@@ -211,7 +211,10 @@ fn refuse_foreign(what: &str, link: &Link, alias: &str, mac: [u8; 6]) -> Result<
         return Ok(());
     }
     let owner = link.alias.as_deref().unwrap_or("nobody that mvm knows");
-    Err(HostdError::refused(what, format!("interface {} is there already and belongs to {owner:?}, not to {alias:?}; remove or rename it", link.name)))
+    Err(HostdError::refused(
+        what,
+        format!("interface {} is there already and belongs to {owner:?}, not to {alias:?}; remove or rename it", link.name),
+    ))
 }
 
 impl From<LinkMessage> for Link {

@@ -79,7 +79,9 @@ pub fn apply(run: &Dir, text: &str, hash: &str) -> Result<Applied, HostdError> {
             continue;
         }
         if !undisturbed {
-            tracing::warn!("another program keeps changing packet filter rules; mvm's are loaded, and will be loaded again on the next pass");
+            tracing::warn!(
+                "another program keeps changing packet filter rules; mvm's are loaded, and will be loaded again on the next pass"
+            );
             // A count of the past: the next comparison fails.
             record.generation = before;
         }
@@ -140,7 +142,8 @@ pub fn generation() -> Result<u32, HostdError> {
     net::sendto(&socket, &request, SendFlags::empty(), &netlink::SocketAddrNetlink::new(0, 0)).during(what)?;
     let mut reply = [0u8; 512];
     let (length, _) = net::recv(&socket, &mut reply[..], RecvFlags::empty()).during(what)?;
-    parse_generation(&reply[..length]).ok_or_else(|| HostdError::refused(what(), "nftables is missing in this kernel (CONFIG_NF_TABLES), or mvm is not root"))
+    parse_generation(&reply[..length])
+        .ok_or_else(|| HostdError::refused(what(), "nftables is missing in this kernel (CONFIG_NF_TABLES), or mvm is not root"))
 }
 
 fn parse_generation(reply: &[u8]) -> Option<u32> {

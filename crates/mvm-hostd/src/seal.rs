@@ -76,9 +76,8 @@ impl NodeKey {
                 dir.sync()?;
                 Ok(Self(key))
             }
-            Err(rustix::io::Errno::EXIST) => {
-                Self::load(dir, name)?.ok_or_else(|| HostdError::refused(format!("cannot read {}", path.display()), "it was removed as soon as it was made"))
-            }
+            Err(rustix::io::Errno::EXIST) => Self::load(dir, name)?
+                .ok_or_else(|| HostdError::refused(format!("cannot read {}", path.display()), "it was removed as soon as it was made")),
             Err(error) => Err(error).during(|| format!("cannot make {}", path.display())),
         }
     }
@@ -91,11 +90,17 @@ impl NodeKey {
         let file = dir.open_file(name, OFlags::RDONLY, 0)?;
         let stat = rustix::fs::fstat(&file).during(what)?;
         if stat.st_mode & 0o077 != 0 {
-            return Err(HostdError::refused(what(), format!("others may access it (mode {:04o}); chmod 600 it, and rotate the secrets", stat.st_mode & 0o7777)));
+            return Err(HostdError::refused(
+                what(),
+                format!("others may access it (mode {:04o}); chmod 600 it, and rotate the secrets", stat.st_mode & 0o7777),
+            ));
         }
         let mut key = Zeroizing::new([0; KEY_BYTES]);
         if u64::try_from(stat.st_size) != Ok(KEY_BYTES as u64) {
-            return Err(HostdError::refused(what(), format!("it has {} bytes instead of {KEY_BYTES}; put back the original from a backup", stat.st_size)));
+            return Err(HostdError::refused(
+                what(),
+                format!("it has {} bytes instead of {KEY_BYTES}; put back the original from a backup", stat.st_size),
+            ));
         }
         std::io::Read::read_exact(&mut { file }, &mut key[..]).during(what)?;
         Ok(Some(Self(key)))
@@ -128,7 +133,10 @@ impl NodeKey {
         let payload = Payload { msg: body, aad: &context.associated_data() };
         let secret = self.cipher().decrypt(&XNonce::from(nonce), payload);
         let secret = secret.map_err(|_| {
-            HostdError::refused(what(), "it was changed, moved from another name or epoch, or sealed with another key; set the secret again")
+            HostdError::refused(
+                what(),
+                "it was changed, moved from another name or epoch, or sealed with another key; set the secret again",
+            )
         })?;
         Ok(Zeroizing::new(secret))
     }
@@ -137,7 +145,8 @@ impl NodeKey {
 fn fill_random(buffer: &mut [u8]) -> Result<(), HostdError> {
     let mut filled = 0;
     while filled < buffer.len() {
-        filled += rustix::rand::getrandom(&mut buffer[filled..], rustix::rand::GetRandomFlags::empty()).during(|| "cannot get random bytes".to_owned())?;
+        filled += rustix::rand::getrandom(&mut buffer[filled..], rustix::rand::GetRandomFlags::empty())
+            .during(|| "cannot get random bytes".to_owned())?;
     }
     Ok(())
 }

@@ -74,9 +74,14 @@ pub fn restore_forwarding(run: &Dir) -> Result<Option<Changed>, HostdError> {
 /// address, no packets whose way back leads elsewhere, no redirects.
 pub(crate) fn set_bridge(name: &str) -> Result<(), HostdError> {
     ensure(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")?;
-    for (key, value) in
-        [("arp_ignore", "1"), ("rp_filter", "1"), ("proxy_arp", "0"), ("send_redirects", "0"), ("accept_redirects", "0"), ("route_localnet", "0")]
-    {
+    for (key, value) in [
+        ("arp_ignore", "1"),
+        ("rp_filter", "1"),
+        ("proxy_arp", "0"),
+        ("send_redirects", "0"),
+        ("accept_redirects", "0"),
+        ("route_localnet", "0"),
+    ] {
         ensure(&format!("net/ipv4/conf/{name}/{key}"), value)?;
     }
     Ok(())

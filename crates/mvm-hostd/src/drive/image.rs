@@ -267,7 +267,12 @@ mod tests {
     fn the_reference_tools_read_it() {
         check(&[]);
         check(&[("config.json".into(), b"{}".to_vec())]);
-        check(&[("empty".into(), vec![]), ("block".into(), vec![7; BLOCK]), ("more".into(), vec![9; BLOCK + 1]), ("large".into(), vec![1; 900_000])]);
+        check(&[
+            ("empty".into(), vec![]),
+            ("block".into(), vec![7; BLOCK]),
+            ("more".into(), vec![9; BLOCK + 1]),
+            ("large".into(), vec![1; 900_000]),
+        ]);
         check(&(0..300).map(|n| (format!("{n:0>60}"), vec![n as u8; n])).collect::<Vec<_>>());
     }
 

@@ -23,7 +23,8 @@ use crate::error::{During, HostdError};
 ///
 /// Errors when the files do not fit, naming their size.
 pub fn build_drive(label: &str, files: &[ImageFile<'_>], time: u32) -> Result<OwnedFd, HostdError> {
-    let image = build_image(label, files, time).map_err(|error| HostdError::refused(format!("cannot build drive {label}"), error.to_string()))?;
+    let image =
+        build_image(label, files, time).map_err(|error| HostdError::refused(format!("cannot build drive {label}"), error.to_string()))?;
     let what = || format!("cannot make drive {label} in memory");
     let memory = rustix::fs::memfd_create(label, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).during(what)?;
     let mut file = std::fs::File::from(memory);
