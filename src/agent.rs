@@ -1,4 +1,6 @@
 //! The node agent: observe, plan, execute.
 
 pub mod desired;
+pub mod observe;
 pub mod order;
+pub mod plan;

@@ -11,6 +11,7 @@
 //! ```
 
 pub mod agent;
+pub mod audit;
 pub mod guest;
 pub mod host;
 pub mod infra;

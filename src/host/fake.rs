@@ -1,7 +1,6 @@
 //! A host that only remembers: for scenarios, for scale runs, and for killing mvm at every effect.
 //!
-//! What it holds outlives the processes that it simulates: clones share it, and after a kill [`FakeHost::revive`] is what
-//! the next process of mvm finds.
+//! What it holds outlives the processes that it simulates: [`FakeHost::next_process`] is what the next process of mvm finds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
@@ -11,16 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mvm_types::{InstanceAddress, InstanceId};
 
 use super::{Ability, DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork};
+use crate::infra::kill_switch::KillSwitch;
 use crate::net::{InstanceNetwork, Ruleset, TenantNetwork};
-
-/// When, at the effect in question, the process is killed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Moment {
-    /// Before the effect happens.
-    Before,
-    /// After it happened, before the caller hears of it.
-    After,
-}
 
 /// What the simulated host holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,6 +28,8 @@ pub struct FakeState {
     pub run_dirs: BTreeSet<InstanceId>,
     /// Sizes of data disks, in MiB.
     pub data_disks: BTreeMap<InstanceAddress, u64>,
+    /// Instances with in-memory drives.
+    pub drives: BTreeSet<InstanceId>,
 }
 
 impl FakeState {
@@ -46,7 +39,8 @@ impl FakeState {
         let taps = self.listed_taps.iter().map(|name| format!("rule for {name}"));
         let runs = self.run_dirs.iter().map(|instance| format!("run directory of {instance}"));
         let disks = self.data_disks.keys().map(|at| format!("data disk of {at}"));
-        bridges.chain(taps).chain(runs).chain(disks).collect()
+        let drives = self.drives.iter().map(|instance| format!("drives of {instance}"));
+        bridges.chain(taps).chain(runs).chain(disks).chain(drives).collect()
     }
 }
 
@@ -56,15 +50,20 @@ struct Inner {
     effects: Vec<String>,
     record: bool,
     count: usize,
-    kill: Option<(usize, Moment)>,
-    killed: Option<usize>,
     failures: BTreeMap<usize, String>,
 }
 
 /// The simulated host; clones are the same host.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct FakeHost {
     inner: Arc<Mutex<Inner>>,
+    switch: Arc<KillSwitch>,
+}
+
+impl Default for FakeHost {
+    fn default() -> Self {
+        Self { inner: Arc::default(), switch: KillSwitch::never() }
+    }
 }
 
 impl FakeHost {
@@ -84,11 +83,10 @@ impl FakeHost {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the process die at the effect of that number, counted from 0 since the host was made or revived.
-    ///
-    /// From then on everything answers [`HostError::Killed`], until [`FakeHost::revive`].
-    pub fn kill_at(&self, effect: usize, moment: Moment) {
-        self.lock().kill = Some((effect, moment));
+    /// Returns the same host as the next process of mvm finds it, which has its own fate; the count begins at 0.
+    pub fn next_process(&self, switch: Arc<KillSwitch>) -> Self {
+        self.lock().count = 0;
+        Self { inner: self.inner.clone(), switch }
     }
 
     /// Makes the effect of that number fail with a message; nothing of it happens.
@@ -96,16 +94,8 @@ impl FakeHost {
         self.lock().failures.insert(effect, why.into());
     }
 
-    /// Starts a new process on the same host: the count begins at 0, and no kill or failure is planned.
-    pub fn revive(&self) {
-        let mut inner = self.lock();
-        (inner.count, inner.kill, inner.killed) = (0, None, None);
-        inner.failures.clear();
-    }
-
     /// Simulates a reboot of the host: bridges, rules and run directories are gone, disks are not.
     pub fn reboot(&self) {
-        self.revive();
         let mut inner = self.lock();
         let data_disks = std::mem::take(&mut inner.state.data_disks);
         inner.state = FakeState { data_disks, ..FakeState::default() };
@@ -128,34 +118,20 @@ impl FakeHost {
 
     /// Looks without an effect.
     fn look<T>(&self, read: impl FnOnce(&FakeState) -> T) -> Result<T, HostError> {
-        let inner = self.lock();
-        match inner.killed {
-            Some(at) => Err(HostError::Killed(at)),
-            None => Ok(read(&inner.state)),
-        }
+        Ok(read(&self.lock().state))
     }
 
     /// Does one effect, or dies of it.
     fn effect<T>(&self, words: impl FnOnce() -> String, apply: impl FnOnce(&mut FakeState) -> Result<T, String>) -> Result<T, HostError> {
         let mut inner = self.lock();
-        if let Some(at) = inner.killed {
-            return Err(HostError::Killed(at));
-        }
         let number = inner.count;
         inner.count += 1;
-        if inner.kill == Some((number, Moment::Before)) {
-            inner.killed = Some(number);
-            return Err(HostError::Killed(number));
-        }
+        self.switch.effect().map_err(HostError::Killed)?;
         let words = words();
         let result = match inner.failures.remove(&number) {
             Some(why) => Err(why),
             None => apply(&mut inner.state),
         };
-        if inner.kill == Some((number, Moment::After)) {
-            inner.killed = Some(number);
-            return Err(HostError::Killed(number));
-        }
         if result.is_ok() && inner.record {
             inner.effects.push(words.clone());
         }
@@ -299,6 +275,7 @@ impl Host for FakeHost {
             || format!("remove_run_dir {instance}"),
             |state| {
                 state.run_dirs.remove(instance);
+                state.drives.remove(instance);
                 Ok(())
             },
         )
@@ -326,7 +303,13 @@ impl Host for FakeHost {
     }
 
     fn build_drive(&self, instance: &InstanceId, label: DriveLabel, _files: &[DriveFile]) -> Result<OwnedFd, HostError> {
-        self.effect(|| format!("build_drive {} of {instance}", label.as_str()), |_| Ok(()))?;
+        self.effect(
+            || format!("build_drive {} of {instance}", label.as_str()),
+            |state| {
+                state.drives.insert(instance.clone());
+                Ok(())
+            },
+        )?;
         null()
     }
 
@@ -377,18 +360,16 @@ mod tests {
     #[test]
     fn a_kill_stops_the_process_and_not_the_host() {
         let host = FakeHost::recording();
-        host.kill_at(1, Moment::After);
-        host.ensure_tenant_network(&network()).unwrap();
+        let process = host.next_process(KillSwitch::at(2));
+        process.ensure_tenant_network(&network()).unwrap();
         let instance = InstanceId::from_bits(1);
-        assert!(matches!(host.ensure_run_dir(&instance), Err(HostError::Killed(1))));
-        assert!(matches!(host.observe_network(), Err(HostError::Killed(1))));
-        assert_eq!(host.take_effects(), ["ensure_tenant_network br-tenant-5"]);
-        host.revive();
+        process.ensure_run_dir(&instance).unwrap();
+        assert!(matches!(process.remove_run_dir(&instance), Err(HostError::Killed(2))));
+        assert_eq!(host.take_effects(), ["ensure_tenant_network br-tenant-5", "ensure_run_dir i-00000001"]);
         assert_eq!(host.state().leftovers(), ["bridge br-tenant-5", "run directory of i-00000001"]);
         assert_eq!(host.sweep(&HostExpectations::default()).unwrap().len(), 2);
         assert!(host.state().leftovers().is_empty());
         assert!(host.sweep(&HostExpectations::default()).unwrap().is_empty());
-        assert_eq!(host.count(), 1);
     }
 
     #[test]

@@ -7,7 +7,7 @@ mod fake;
 mod local;
 mod verify;
 
-pub use fake::{FakeHost, FakeState, Moment};
+pub use fake::{FakeHost, FakeState};
 pub use local::LocalHost;
 pub use mvm_hostd::facts::{Ability, HostFacts};
 

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 pub use documents::{Document, DocumentError, Documents};
 pub use files::FileStore;
-pub use memory::{KillSwitch, MemoryStore};
+pub use memory::MemoryStore;
 
 /// How long to wait for a lock that somebody else holds.
 #[derive(Debug, Clone, Copy)]

@@ -2,4 +2,6 @@
 
 pub mod instance;
 pub mod pool;
+pub mod sleep_policy;
 pub mod tenant;
+pub mod usage;

@@ -5,8 +5,9 @@ use std::net::Ipv4Addr;
 use mvm_types::{InstanceAddress, InstanceId, PoolId, RevisionId, Role, TenantId};
 use serde::{Deserialize, Serialize};
 
-use super::state::{Failure, InstanceState, Transition};
+use super::state::{InstanceState, Transition};
 use crate::infra::clock::Moment;
+use crate::infra::failure::Failure;
 use crate::net::{InstanceNetwork, InstanceOffset, TenantNetId, TenantNetwork};
 use crate::store::Document;
 use crate::vm::pool::Blueprint;

@@ -4,4 +4,4 @@ mod config;
 mod state;
 
 pub use config::InstanceDoc;
-pub use state::{Failure, IllegalTransition, InstanceState, StateName, StopReason, Transition, TransitionStep, Verb, backoff};
+pub use state::{IllegalTransition, InstanceState, StateName, StopReason, Transition, TransitionStep, Verb};

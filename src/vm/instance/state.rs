@@ -11,7 +11,6 @@
 //! ```
 
 use std::fmt;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -192,25 +191,6 @@ pub enum TransitionStep {
     Saved,
 }
 
-/// What last went wrong with an object, and when it is tried again.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
-    /// What was being done, e.g. `start`.
-    pub step: String,
-    /// The error with its causes.
-    pub error: String,
-    /// How often it was tried without success.
-    pub attempts: u32,
-    /// When it may be tried again.
-    pub next_try: Moment,
-}
-
-/// The time between tries: 1 s doubled with each, at most 5 minutes.
-pub fn backoff(attempts: u32) -> Duration {
-    const MOST: Duration = Duration::from_secs(300);
-    Duration::from_secs(1_u64.checked_shl(attempts.saturating_sub(1)).unwrap_or(u64::MAX)).min(MOST)
-}
-
 /// A change of state that is not legal.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("cannot {verb} {object}: it is {from}{}", remedy(*.verb, *.from))]
@@ -354,13 +334,6 @@ mod tests {
                 assert!(leads_to(*from, verb.target()), "{verb} from {from}");
             }
         }
-    }
-
-    #[test]
-    fn the_backoff_grows_and_is_bounded() {
-        assert_eq!(backoff(1), Duration::from_secs(1));
-        assert_eq!(backoff(4), Duration::from_secs(8));
-        assert_eq!(backoff(200), Duration::from_secs(300));
     }
 
     proptest! {

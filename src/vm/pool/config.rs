@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::infra::clock::Moment;
+use crate::infra::failure::Failure;
 use crate::store::Document;
 
 /// The flake reference of the image that mvm carries itself.
@@ -204,6 +205,9 @@ pub struct PoolDoc {
     pub config_version: u64,
     /// When it was made.
     pub created: Moment,
+    /// What last went wrong with its image, until it goes right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
 }
 
 impl PoolDoc {

@@ -1,0 +1,130 @@
+//! PURE: from what is desired and what is there to what to do.
+//!
+//! ```text
+//! plan(Desired, Observed, now, options) -> Plan { steps with edges, deferred with reasons, when to look again }
+//! ```
+//!
+//! Within a tenant, in this order:
+//!
+//! 1. the tenant's and the pools' documents, and images that are missing;
+//! 2. whatever goes down, in the reverse order of the pools (workers before their gateway);
+//! 3. new instances are written down, bridges and rules are made to fit;
+//! 4. whatever comes up, in the order of the pools, each behind the gate of what it waits for: a gate opens when the pool has its
+//!    wanted number of *ready* instances.
+//!
+//! What is half-done (a change of state that was cut off, a virtual machine that died) is recovered first, alone; the next pass
+//! plans the pool from firm ground.
+
+mod assign;
+mod check;
+mod room;
+mod step;
+mod tenant;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use mvm_types::TenantId;
+
+pub use check::check_against;
+pub use step::{Action, Deferred, Edge, Need, Plan, Step, Target};
+
+use crate::agent::desired::DesiredState;
+use crate::agent::observe::Observed;
+use crate::infra::clock::Moment;
+use room::NodeRoom;
+
+/// How a failure that waits for its next try is treated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// It waits.
+    WhenDue,
+    /// It is tried now: somebody asked.
+    Now,
+}
+
+/// Plans one pass.
+///
+/// Guarantees: no edge points forward; a pool's first step up comes after the gates of the pools it waits for; no gateway goes down
+/// before the pools that wait for it; no step exceeds a quota when the ones before it went well.
+///
+/// Assumes that `desired` has been validated and checked against `observed` ([`check_against`]).
+pub fn plan(desired: &DesiredState, observed: &Observed, now: &Moment, retry: Retry) -> Plan {
+    let mut planner = Planner { observed, now, retry, room: NodeRoom::of(observed), plan: Plan::default(), network: false };
+    let named: BTreeSet<&TenantId> = desired.tenants.iter().map(|tenant| &tenant.tenant_id).collect();
+    if desired.prune_unknown_tenants {
+        for (id, tenant) in observed.tenants.iter().filter(|(id, _)| !named.contains(id)) {
+            planner.destroy_tenant(id, tenant);
+        }
+    }
+    let mut tenants: Vec<_> = desired.tenants.iter().collect();
+    tenants.sort_by_key(|tenant| &tenant.tenant_id);
+    for tenant in tenants {
+        planner.tenant(tenant, desired.prune_unknown_pools);
+    }
+    planner.network_alone(desired);
+    planner.plan
+}
+
+/// The plan in the making.
+struct Planner<'a> {
+    observed: &'a Observed,
+    now: &'a Moment,
+    retry: Retry,
+    room: NodeRoom,
+    plan: Plan,
+    /// Whether a step makes bridges and rules fit already.
+    network: bool,
+}
+
+impl Planner<'_> {
+    /// Adds a step and returns its index.
+    fn step(&mut self, action: Action, why: impl Into<String>, after: Vec<Edge>) -> usize {
+        debug_assert!(after.iter().all(|edge| edge.step < self.plan.steps.len()));
+        self.plan.steps.push(Step { action, why: why.into(), after });
+        self.plan.steps.len() - 1
+    }
+
+    /// Records what is not done now.
+    fn defer(&mut self, object: impl ToString, what: impl Into<String>, why: impl Into<String>, wait: Option<Duration>) {
+        if let Some(wait) = wait {
+            self.plan.look_again = Some(self.plan.look_again.map_or(wait, |sooner| sooner.min(wait)));
+        }
+        let in_ms = wait.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
+        self.plan.deferred.push(Deferred { object: object.to_string(), what: what.into(), why: why.into(), in_ms });
+    }
+
+    /// Plans to make bridges and rules fit when nothing else needed it and they do not: after a reboot of the host, say.
+    fn network_alone(&mut self, desired: &DesiredState) {
+        if self.network {
+            return;
+        }
+        let missing: Vec<String> = self
+            .observed
+            .tenants
+            .values()
+            .map(|tenant| tenant.doc.network.network().bridge())
+            .filter(|bridge| !self.observed.network.bridges.contains(bridge))
+            .collect();
+        let why = if !missing.is_empty() {
+            format!("missing: {}", missing.join(", "))
+        } else if self.observed.network.ruleset != self.observed.ruleset_hash()
+            && !(desired.tenants.is_empty() && self.observed.tenants.is_empty())
+        {
+            "the rules that are loaded are not those that the documents give".to_owned()
+        } else {
+            return;
+        };
+        self.step(Action::ApplyNetwork, why, Vec::new());
+    }
+}
+
+/// An edge that requires success.
+fn needs(step: usize) -> Edge {
+    Edge { step, need: Need::Success }
+}
+
+/// An edge that requires only an end.
+fn follows(step: usize) -> Edge {
+    Edge { step, need: Need::End }
+}

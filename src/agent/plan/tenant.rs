@@ -1,0 +1,453 @@
+//! Planning one tenant.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use mvm_types::{PoolAddress, PoolId, TenantId};
+
+use super::assign::{Assignment, Chain, age, assign, destroy_verbs};
+use super::room::Ask;
+use super::{Action, Edge, Planner, Retry, Target, follows, needs};
+use crate::agent::desired::DesiredTenant;
+use crate::agent::observe::{ImagePresence, ObservedInstance, ObservedPool, ObservedTenant};
+use crate::agent::order::{bring_up_order, role_priority, waits_for};
+use crate::vm::instance::{StateName, Verb};
+use crate::vm::pool::PoolSpec;
+use crate::vm::sleep_policy;
+
+/// What is known of a pool while its tenant is planned.
+#[derive(Default)]
+struct PoolWork<'a> {
+    /// What its instances wait for: its document, its image.
+    ready: Vec<Edge>,
+    assignment: Assignment<'a>,
+    /// Why nothing of it is planned in this pass.
+    held: Option<String>,
+    /// The last steps of what goes down.
+    down: Vec<usize>,
+    /// Whether something that should go down cannot yet.
+    down_deferred: bool,
+    /// The step that writes down its new instances.
+    created: Option<usize>,
+    /// The step after which it has its wanted number of ready instances; none when it has them already.
+    gate: Option<usize>,
+    /// Why it will not have them in this pass.
+    not_ready: Option<String>,
+}
+
+impl Planner<'_> {
+    /// Plans a declared tenant.
+    pub(super) fn tenant(&mut self, desired: &DesiredTenant, prune_unknown_pools: bool) {
+        let observed = self.observed.tenants.get(&desired.tenant_id);
+        let document = self.tenant_document(desired, observed);
+        let mut down_ends = Vec::new();
+        if prune_unknown_pools && let Some(observed) = observed {
+            let named: BTreeSet<&PoolId> = desired.pools.iter().map(|pool| &pool.pool_id).collect();
+            let unknown = observed.pools.values().filter(|pool| !named.contains(&pool.doc.spec.pool_id)).collect();
+            down_ends.extend(self.destroy_pools(unknown));
+        }
+        let order = bring_up_order(&desired.pools);
+        let mut works: BTreeMap<&PoolId, PoolWork<'_>> = BTreeMap::new();
+        for &spec in &order {
+            let pool = observed.and_then(|tenant| tenant.pools.get(&spec.pool_id));
+            works.insert(&spec.pool_id, self.pool_work(desired, spec, pool, document));
+        }
+        for &spec in order.iter().rev() {
+            self.down(desired, spec, &mut works);
+        }
+        down_ends.extend(works.values().flat_map(|work| work.down.iter().copied()));
+        let destroyed: Vec<Edge> = down_ends.iter().copied().filter(|step| self.destroys(*step)).map(follows).collect();
+        let down_over = match down_ends[..] {
+            [] => None,
+            _ => Some(self.step(Action::Barrier, "room is given back before it is taken", down_ends.into_iter().map(follows).collect())),
+        };
+        for &spec in &order {
+            self.admit(desired, spec, &mut works, down_over);
+        }
+        let network = self.network_for(&desired.tenant_id, &works, destroyed);
+        for &spec in &order {
+            self.up(desired, spec, &mut works, network);
+        }
+    }
+
+    /// Tells whether a step takes something away that rules or bridges were made for.
+    fn destroys(&self, step: usize) -> bool {
+        matches!(self.plan.steps[step].action, Action::Change { verb: Verb::Destroy, .. } | Action::DestroyPool { .. })
+    }
+
+    /// Plans to make bridge and rules fit, after what is created and destroyed and before what starts.
+    fn network_for(&mut self, tenant: &TenantId, works: &BTreeMap<&PoolId, PoolWork<'_>>, destroyed: Vec<Edge>) -> Option<usize> {
+        let created: Vec<Edge> = works.values().filter_map(|work| work.created).map(needs).collect();
+        let boots = |verb: &Verb| matches!(verb, Verb::Start | Verb::Wake);
+        let mut chains = works.values().flat_map(|work| work.assignment.up.iter().chain(&work.assignment.replace));
+        let why = if !created.is_empty() {
+            format!("new instances in {tenant}")
+        } else if !destroyed.is_empty() {
+            format!("instances of {tenant} are gone")
+        } else if chains.any(|chain| chain.verbs.iter().any(boots)) {
+            format!("instances of {tenant} start")
+        } else {
+            return None;
+        };
+        let step = self.step(Action::ApplyNetwork, why, created.into_iter().chain(destroyed).collect());
+        self.network = true;
+        Some(step)
+    }
+
+    fn tenant_document(&mut self, desired: &DesiredTenant, observed: Option<&ObservedTenant>) -> Option<usize> {
+        let tenant = desired.tenant_id.clone();
+        let quotas = desired.quotas.clone();
+        match observed {
+            None => {
+                let network = desired.network.clone();
+                Some(self.step(Action::CreateTenant { tenant, network, quotas }, "declared", Vec::new()))
+            }
+            Some(observed) if observed.doc.quotas != quotas => {
+                Some(self.step(Action::UpdateTenant { tenant, quotas }, "quotas changed", Vec::new()))
+            }
+            Some(_) => None,
+        }
+    }
+
+    /// Plans a pool's document and image, and decides what its instances should become.
+    fn pool_work<'a>(
+        &mut self,
+        tenant: &DesiredTenant,
+        spec: &PoolSpec,
+        observed: Option<&'a ObservedPool>,
+        tenant_document: Option<usize>,
+    ) -> PoolWork<'a> {
+        let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
+        let after: Vec<Edge> = tenant_document.map(needs).into_iter().collect();
+        let mut work = PoolWork::default();
+        let mut ready = after.clone();
+        match observed {
+            None => ready = vec![needs(self.step(Action::CreatePool { pool: pool.clone(), spec: spec.clone().into() }, "declared", after))],
+            Some(observed) if observed.doc.spec != *spec => {
+                let why = changed_fields(&observed.doc.spec, spec);
+                ready = vec![needs(self.step(Action::UpdatePool { pool: pool.clone(), spec: spec.clone().into() }, why, after))];
+            }
+            Some(_) => {}
+        }
+        let wants_image = spec.desired_counts.total() > 0;
+        if wants_image && observed.is_none_or(|observed| observed.image == ImagePresence::Missing) {
+            if let Some((why, wait)) = self.waits(observed.and_then(|observed| observed.doc.failure.as_ref())) {
+                self.defer(&pool, "build image", &why, Some(wait));
+                work.not_ready = Some(format!("pool {pool} has no image"));
+                work.held = Some("it has no image".to_owned());
+                return work;
+            }
+            ready = vec![needs(self.step(Action::BuildImage { pool: pool.clone() }, "the image is missing", ready))];
+        }
+        work.ready = ready;
+        let Some(observed) = observed else {
+            work.assignment = assign(spec.desired_counts, &[], |_| false);
+            return work;
+        };
+        if let Some(busy) = observed.instances.iter().find(|one| one.busy) {
+            let why = format!("{} is being changed by another mvm", busy.doc.at());
+            self.defer(&pool, "everything", &why, Some(Duration::from_secs(1)));
+            work.held = Some(why);
+        }
+        for one in observed.instances.iter().filter(|one| !one.busy && one.needs_recovery()) {
+            let why = match &one.doc.transition {
+                Some(transition) => format!("it was cut off on its way from {} to {}", one.doc.state.name(), transition.to),
+                None => format!("its virtual machine died while it was {}", one.doc.state.name()),
+            };
+            self.step(Action::Recover { at: one.doc.at() }, why, Vec::new());
+            self.plan.look_again = Some(Duration::ZERO);
+            work.held = Some(format!("{} is recovered first", one.doc.at()));
+        }
+        if let Some(held) = &work.held {
+            work.not_ready = Some(format!("pool {pool}: {held}"));
+            work.down_deferred = true;
+            return work;
+        }
+        let blueprint = spec.blueprint();
+        let revision = observed.doc.revision.clone();
+        work.assignment = assign(spec.desired_counts, &observed.instances, |one| {
+            one.doc.blueprint != blueprint || (one.doc.revision.is_some() && one.doc.revision != revision)
+        });
+        work
+    }
+
+    /// Tells whether a failure still waits, with what to say.
+    fn waits(&self, failure: Option<&crate::infra::failure::Failure>) -> Option<(String, Duration)> {
+        let failure = failure.filter(|_| self.retry == Retry::WhenDue)?;
+        let wait = failure.wait(self.now);
+        let times = if failure.attempts == 1 { "once".to_owned() } else { format!("{} times", failure.attempts) };
+        (!wait.is_zero()).then(|| (format!("{} failed {times}: {}", failure.step, failure.error), wait))
+    }
+
+    /// Plans what goes down in a pool, after the pools that wait for it.
+    fn down<'a>(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, works: &mut BTreeMap<&PoolId, PoolWork<'a>>) {
+        let chains: Vec<Chain<'a>> = std::mem::take(&mut works.get_mut(&spec.pool_id).expect("every pool has work").assignment.down);
+        if chains.is_empty() {
+            return;
+        }
+        let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
+        let behind = |other: &&PoolSpec| {
+            role_priority(other.role) > role_priority(spec.role) || waits_for(other, &tenant.pools).any(|one| one.pool_id == spec.pool_id)
+        };
+        let later: Vec<&PoolId> = tenant.pools.iter().filter(behind).map(|other| &other.pool_id).collect();
+        let first = later.iter().find(|id| works[**id].down_deferred).map(|id| (*id).clone());
+        let after: Vec<Edge> = works[&spec.pool_id]
+            .ready
+            .iter()
+            .copied()
+            .chain(later.iter().flat_map(|id| works[*id].down.iter().copied().map(needs)))
+            .collect();
+        for chain in chains {
+            let instance = chain.instance.expect("what goes down is there");
+            let at = instance.doc.at();
+            let what = chain.verbs[0].as_str();
+            let wait = if spec.pinned {
+                Some(("the pool is pinned".to_owned(), None))
+            } else if let Some(first) = &first {
+                Some((format!("pool {}/{first} goes down first, and cannot yet", tenant.tenant_id), None))
+            } else if let Some((why, wait)) = self.waits(instance.doc.failure.as_ref()) {
+                Some((why, Some(wait)))
+            } else {
+                sleep_policy::may(chain.verbs[0], &instance.doc.state, &spec.runtime_policy, self.now)
+                    .err()
+                    .map(|keep| (keep.why, Some(keep.wait)))
+            };
+            let work = works.get_mut(&spec.pool_id).expect("every pool has work");
+            if let Some((why, wait)) = wait {
+                work.down_deferred = true;
+                // What goes away only because there is too much of a pinned pool stays for good: nothing waits for it.
+                if !spec.pinned {
+                    self.defer(&at, what, why, wait);
+                } else {
+                    work.down_deferred = false;
+                }
+                continue;
+            }
+            let state = instance.doc.state.name();
+            let resources = &instance.doc.blueprint.resources;
+            self.room.give_back(&tenant.tenant_id, state, resources);
+            match chain.goal {
+                StateName::Destroyed => self.room.remove(&tenant.tenant_id, &spec.pool_id, resources),
+                StateName::Warm => {
+                    let ask = Ask { tenant: &tenant.tenant_id, quotas: &tenant.quotas, pool: &spec.pool_id, resources };
+                    if let Err(why) = self.room.take(&ask, false, StateName::Stopped, StateName::Warm) {
+                        work.down_deferred = true;
+                        self.defer(&at, what, why, None);
+                        continue;
+                    }
+                }
+                _ => {}
+            }
+            let why = match chain.goal {
+                StateName::Destroyed => {
+                    format!("{} instances are wanted, and this is the newest beyond them", spec.desired_counts.total())
+                }
+                goal => format!("{pool} wants {}", wanted(spec, goal)),
+            };
+            let last = self.chain(&Target::Existing(at), &chain, &why, after.clone());
+            works.get_mut(&spec.pool_id).expect("every pool has work").down.push(last);
+        }
+    }
+
+    /// Adds the steps of a chain, each after the one before it, and returns the last one.
+    fn chain(&mut self, target: &Target, chain: &Chain<'_>, why: &str, mut after: Vec<Edge>) -> usize {
+        let mut last = 0;
+        for verb in &chain.verbs {
+            let action = Action::Change { verb: *verb, target: target.clone(), goal: chain.goal };
+            last = self.step(action, why, std::mem::take(&mut after));
+            after = vec![needs(last)];
+        }
+        last
+    }
+
+    /// Decides what of a pool's way up is done in this pass, and writes new instances down.
+    fn admit(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, works: &mut BTreeMap<&PoolId, PoolWork<'_>>, down_over: Option<usize>) {
+        let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
+        let blocked = waits_for(spec, &tenant.pools).find_map(|other| works[&other.pool_id].not_ready.clone());
+        let work = works.get_mut(&spec.pool_id).expect("every pool has work");
+        if work.held.is_some() {
+            return;
+        }
+        work.ready.extend(down_over.map(follows));
+        let Assignment { up, replace, .. } = &mut work.assignment;
+        if let Some(why) = blocked.filter(|_| !up.is_empty() || !replace.is_empty()) {
+            self.defer(&pool, describe(up, replace), format!("it waits for another pool: {why}"), None);
+            up.clear();
+            replace.clear();
+        }
+        *up = self.with_room(tenant, spec, &pool, std::mem::take(up));
+        if let Some((at, why, wait)) = replace.iter().find_map(|chain| self.replacement_waits(chain)) {
+            self.defer(at, "replace", why, Some(wait));
+            // The rollout goes no further than the one that failed.
+            replace.clear();
+        }
+        let new = up.iter().filter(|chain| chain.instance.is_none()).count();
+        if new > 0 {
+            let why = format!("{pool} wants {} instances", spec.desired_counts.total());
+            let count = u32::try_from(new).unwrap_or(u32::MAX);
+            work.created = Some(self.step(Action::CreateInstances { pool: pool.clone(), count }, why, work.ready.clone()));
+        }
+        let running = up.iter().chain(replace.iter()).filter(|chain| chain.goal == StateName::Running).count();
+        let ready = u64::from(work.assignment.keep_running) + running as u64;
+        let wanted = u64::from(spec.desired_counts.running);
+        if ready < wanted {
+            work.not_ready = Some(format!("{} pool {pool} has {ready} of {wanted} ready", spec.role));
+        }
+    }
+
+    fn replacement_waits(&self, chain: &Chain<'_>) -> Option<(mvm_types::InstanceAddress, String, Duration)> {
+        let one = chain.instance?;
+        self.waits(one.doc.failure.as_ref()).map(|(why, wait)| (one.doc.at(), why, wait))
+    }
+
+    /// Plans what comes up in a pool, and its gate.
+    fn up(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, works: &mut BTreeMap<&PoolId, PoolWork<'_>>, network: Option<usize>) {
+        let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
+        let work = works.get_mut(&spec.pool_id).expect("every pool has work");
+        let Assignment { up, replace, .. } = std::mem::take(&mut work.assignment);
+        if up.is_empty() && replace.is_empty() {
+            return;
+        }
+        let mut after: Vec<Edge> = work.ready.clone();
+        after.extend(work.created.map(needs));
+        after.extend(network.map(needs));
+        after.extend(waits_for(spec, &tenant.pools).filter_map(|other| works[&other.pool_id].gate).map(needs));
+        let lower = tenant.pools.iter().filter(|other| role_priority(other.role) < role_priority(spec.role));
+        after.extend(lower.filter_map(|other| works[&other.pool_id].gate).map(follows));
+        let mut ends = Vec::new();
+        let mut ordinal = 0;
+        let mut serial = None;
+        for chain in &up {
+            let target = match chain.instance {
+                Some(one) => Target::Existing(one.doc.at()),
+                None => {
+                    ordinal += 1;
+                    Target::New { pool: pool.clone(), ordinal: ordinal - 1 }
+                }
+            };
+            let mut after = after.clone();
+            // Instances that are made only to sleep share the room that one of them needs on its way.
+            if chain.goal == StateName::Sleeping {
+                after.extend(serial.map(follows));
+            }
+            let last = self.chain(&target, chain, &format!("{pool} wants {}", wanted(spec, chain.goal)), after);
+            match chain.goal {
+                StateName::Sleeping => serial = Some(last),
+                StateName::Running => ends.push(needs(last)),
+                _ => {}
+            }
+        }
+        // One after the other, and no further when one does not come up.
+        let mut rolling: Option<usize> = None;
+        for chain in &replace {
+            let one = chain.instance.expect("what is replaced is there");
+            let mut after = after.clone();
+            after.extend(ends.iter().copied());
+            after.extend(rolling.map(needs));
+            rolling =
+                Some(self.chain(&Target::Existing(one.doc.at()), chain, "it is made from something else than the pool is now", after));
+        }
+        ends.extend(rolling.map(needs));
+        if !ends.is_empty() && has_followers(spec, tenant) {
+            let wanted = spec.desired_counts.running;
+            let gate = self.step(Action::Gate { pool, wanted }, "what waits for this pool starts when it is ready", ends);
+            works.get_mut(&spec.pool_id).expect("every pool has work").gate = Some(gate);
+        }
+    }
+
+    /// Keeps the chains up that may be done now and that there is room for; defers the others.
+    fn with_room<'a>(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, pool: &PoolAddress, up: Vec<Chain<'a>>) -> Vec<Chain<'a>> {
+        let mut admitted = Vec::new();
+        let mut refused: BTreeMap<(Verb, String), u32> = BTreeMap::new();
+        for chain in up {
+            if let Some(one) = chain.instance
+                && let Some((why, wait)) = self.waits(one.doc.failure.as_ref())
+            {
+                self.defer(one.doc.at(), chain.verbs[0].as_str(), why, Some(wait));
+                continue;
+            }
+            let ask = Ask { tenant: &tenant.tenant_id, quotas: &tenant.quotas, pool: &spec.pool_id, resources: &spec.instance_resources };
+            let from = chain.instance.map_or(StateName::Ready, |one| one.doc.state.name());
+            match self.room.take(&ask, chain.instance.is_none(), from, chain.goal) {
+                Ok(()) => admitted.push(chain),
+                Err(why) => *refused.entry((chain.verbs[0], why)).or_default() += 1,
+            }
+        }
+        for ((verb, why), count) in refused {
+            let what = if count == 1 { format!("{verb} 1 instance") } else { format!("{verb} {count} instances") };
+            self.defer(pool, what, why, None);
+        }
+        admitted
+    }
+
+    /// Plans the end of pools with all their instances, and returns the last steps.
+    fn destroy_pools(&mut self, pools: Vec<&ObservedPool>) -> Vec<usize> {
+        let specs: Vec<PoolSpec> = pools.iter().map(|pool| pool.doc.spec.clone()).collect();
+        let mut ends: Vec<usize> = Vec::new();
+        for spec in bring_up_order(&specs).into_iter().rev() {
+            let pool = pools.iter().find(|pool| pool.doc.spec.pool_id == spec.pool_id).expect("the order has the same pools");
+            let tenant = &pool.doc.tenant_id;
+            let before: Vec<Edge> = ends.iter().copied().map(needs).collect();
+            let mut newest_first: Vec<&ObservedInstance> = pool.instances.iter().collect();
+            newest_first.sort_by(|a, b| age(b).cmp(&age(a)));
+            let mut gone = Vec::new();
+            for one in newest_first {
+                let verbs = if one.needs_recovery() { vec![Verb::Destroy] } else { destroy_verbs(one) };
+                let chain = Chain { instance: Some(one), verbs, goal: StateName::Destroyed };
+                self.room.give_back(tenant, one.doc.state.name(), &one.doc.blueprint.resources);
+                self.room.remove(tenant, &spec.pool_id, &one.doc.blueprint.resources);
+                let why = "it is not declared, and what is unknown is pruned";
+                gone.push(needs(self.chain(&Target::Existing(one.doc.at()), &chain, why, before.clone())));
+            }
+            gone.extend(before);
+            let action = Action::DestroyPool { pool: pool.doc.address() };
+            ends.push(self.step(action, "it is not declared, and unknown pools are pruned", gone));
+        }
+        ends
+    }
+
+    /// Plans the end of a tenant that is not declared.
+    pub(super) fn destroy_tenant(&mut self, id: &TenantId, tenant: &ObservedTenant) {
+        let ends = self.destroy_pools(tenant.pools.values().collect());
+        let gone = self.step(
+            Action::DestroyTenant { tenant: id.clone() },
+            "it is not declared, and unknown tenants are pruned",
+            ends.into_iter().map(needs).collect(),
+        );
+        self.step(Action::ApplyNetwork, format!("tenant {id} is gone"), vec![follows(gone)]);
+        self.network = true;
+    }
+}
+
+/// Tells whether other pools come after this one.
+fn has_followers(spec: &PoolSpec, tenant: &DesiredTenant) -> bool {
+    tenant.pools.iter().any(|other| {
+        role_priority(other.role) > role_priority(spec.role) || waits_for(other, &tenant.pools).any(|one| one.pool_id == spec.pool_id)
+    })
+}
+
+fn wanted(spec: &PoolSpec, goal: StateName) -> String {
+    let counts = spec.desired_counts;
+    match goal {
+        StateName::Warm => format!("{} warm", counts.warm),
+        StateName::Sleeping => format!("{} sleeping", counts.sleeping),
+        _ => format!("{} running", counts.running),
+    }
+}
+
+fn describe(up: &[Chain<'_>], replace: &[Chain<'_>]) -> String {
+    match (up.len(), replace.len()) {
+        (0, n) => format!("replace {n}"),
+        (n, 0) => format!("bring up {n}"),
+        (n, m) => format!("bring up {n}, replace {m}"),
+    }
+}
+
+/// Names the fields in which two declarations differ.
+fn changed_fields(old: &PoolSpec, new: &PoolSpec) -> String {
+    let value = |spec: &PoolSpec| serde_json::to_value(spec).expect("declarations have string keys and no failing serializers");
+    let (old, new) = (value(old), value(new));
+    let keys: BTreeSet<&String> = [&old, &new].into_iter().filter_map(|value| value.as_object()).flat_map(|map| map.keys()).collect();
+    let changed: Vec<&str> = keys.into_iter().filter(|key| old.get(*key) != new.get(*key)).map(String::as_str).collect();
+    format!("changed: {}", changed.join(", "))
+}
