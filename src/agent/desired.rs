@@ -11,7 +11,7 @@ use mvm_types::{NodeId, PoolAddress, TenantId};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use admission::{Admission, AdmissionError, admit};
+pub use admission::{AdmissionError, admit};
 pub use parse::{Format, parse};
 
 use crate::vm::pool::PoolSpec;

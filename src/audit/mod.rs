@@ -95,22 +95,37 @@ impl Audit {
         Self { store, clock, who, logs: Mutex::default() }
     }
 
-    /// Appends a record and makes it durable. Callers that wait at the same time share one fsync.
+    /// Appends a record and makes it durable. Callers that wait at the same time share one flush of the disk.
     pub fn record(&self, tenant: &TenantId, entry: Entry) -> Result<(), StoreError> {
-        let key = log_key(tenant);
-        let log = self.logs.lock().unwrap_or_else(PoisonError::into_inner).entry(tenant.clone()).or_default().clone();
-        let mine = self.append(&key, &log, entry)?;
+        self.note(tenant, entry)?;
+        self.flush(tenant)
+    }
+
+    /// Appends a record that is durable only after [`Audit::flush`]: for many at once.
+    pub fn note(&self, tenant: &TenantId, entry: Entry) -> Result<(), StoreError> {
+        self.append(&log_key(tenant), &self.log(tenant), entry)
+    }
+
+    /// Makes durable what was appended so far.
+    pub fn flush(&self, tenant: &TenantId) -> Result<(), StoreError> {
+        let log = self.log(tenant);
+        let written = || log.end.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |end| end.0);
+        let mine = written();
         let mut durable = log.durable.lock().unwrap_or_else(PoisonError::into_inner);
         if *durable < mine {
-            let written = log.end.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(mine, |end| end.0);
-            self.store.sync(&key)?;
-            *durable = written;
+            // Also what others appended while this one waited.
+            let all = written();
+            self.store.sync(&log_key(tenant))?;
+            *durable = all;
         }
         Ok(())
     }
 
-    /// Appends and returns the length of the log after it.
-    fn append(&self, key: &str, log: &Log, entry: Entry) -> Result<u64, StoreError> {
+    fn log(&self, tenant: &TenantId) -> Arc<Log> {
+        self.logs.lock().unwrap_or_else(PoisonError::into_inner).entry(tenant.clone()).or_default().clone()
+    }
+
+    fn append(&self, key: &str, log: &Log, entry: Entry) -> Result<(), StoreError> {
         const PATIENCE: Duration = Duration::from_secs(10);
         let mut end = log.end.lock().unwrap_or_else(PoisonError::into_inner);
         let _other_processes = self.store.lock(key, Wait::Until(Instant::now() + PATIENCE))?;
@@ -137,7 +152,7 @@ impl Audit {
         self.store.append(key, line.as_bytes())?;
         let after = before + line.len() as u64;
         *end = Some((after, event.seq, hash));
-        Ok(after)
+        Ok(())
     }
 
     /// Reads the end of the log; cuts off a line that a killed process left half-written.

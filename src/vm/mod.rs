@@ -1,6 +1,9 @@
 //! Tenants, pools and instances: their documents, and the one lifecycle that changes them.
 
+pub mod error;
 pub mod instance;
+pub mod keys;
+pub mod node;
 pub mod pool;
 pub mod sleep_policy;
 pub mod tenant;

@@ -10,6 +10,8 @@
 //! A driver does not know of desired state, quotas or documents. It starts processes and names them by
 //! [`ProcessIdentity`]; the caller records them.
 
+pub mod simulated;
+
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -166,6 +168,11 @@ pub trait Vmm: Send + Sync {
     /// Describes what snapshots made now depend on.
     fn stamp(&self) -> Result<VmmStamp, VmmError>;
 
+    /// The files that a snapshot of this driver consists of, relative to its directory.
+    fn snapshot_files(&self) -> &'static [&'static str] {
+        &SNAPSHOT_FILES
+    }
+
     /// Starts a virtual machine; its virtual CPUs run when this returns.
     ///
     /// # Errors
@@ -229,6 +236,9 @@ pub enum VmmError {
         /// How long was waited, in milliseconds.
         after_ms: u64,
     },
+    /// The program was ended by a test here.
+    #[error("killed at effect {0}")]
+    Killed(usize),
     /// The virtual machine is gone.
     #[error("{what}: the virtual machine is gone")]
     Gone {

@@ -1,18 +1,9 @@
 //! Which documents a node takes: for itself, and never an older one.
 
 use mvm_types::NodeId;
-use serde::{Deserialize, Serialize};
 
 use super::DesiredState;
-
-/// What was admitted last, as remembered in `node.json`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Admission {
-    /// The generation.
-    pub generation: u64,
-    /// The BLAKE3 hash of the document's canonical JSON, in hex.
-    pub hash: String,
-}
+use crate::vm::node::Admitted;
 
 /// Why a document is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -39,13 +30,13 @@ pub enum AdmissionError {
 }
 
 /// Checks a document against this node and what it admitted last; returns what to remember, when there is something new.
-pub fn admit(desired: &DesiredState, here: &NodeId, last: Option<&Admission>) -> Result<Option<Admission>, AdmissionError> {
+pub fn admit(desired: &DesiredState, here: &NodeId, last: Option<&Admitted>) -> Result<Option<Admitted>, AdmissionError> {
     if let Some(wanted) = desired.node_id.as_ref().filter(|wanted| *wanted != here) {
         return Err(AdmissionError::OtherNode { wanted: wanted.clone(), here: here.clone() });
     }
     let Some(generation) = desired.generation else { return Ok(None) };
     let canonical = serde_json::to_vec(desired).expect("documents have string keys and no failing serializers");
-    let admission = Admission { generation, hash: blake3::hash(&canonical).to_hex().to_string() };
+    let admission = Admitted { generation, hash: blake3::hash(&canonical).to_hex().to_string() };
     match last {
         Some(last) if generation < last.generation => Err(AdmissionError::Older { given: generation, admitted: last.generation }),
         Some(last) if generation == last.generation && last.hash != admission.hash => Err(AdmissionError::Changed(generation)),

@@ -1,7 +1,14 @@
 //! Instances: microVMs, the only things with runtime state.
 
 mod config;
+mod create;
+mod lifecycle;
+mod machine;
+mod recover;
+mod snapshot;
 mod state;
 
 pub use config::InstanceDoc;
+pub use lifecycle::{SNAPSHOT_REFUSED, StopMode};
+pub use snapshot::{FileHash, SnapshotError, SnapshotManifest, hash_file, manifest_key};
 pub use state::{IllegalTransition, InstanceState, StateName, StopReason, Transition, TransitionStep, Verb};

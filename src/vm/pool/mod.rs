@@ -1,5 +1,8 @@
 //! Pools: one homogeneous workload of a tenant.
 
+mod build;
 mod config;
+mod lifecycle;
 
+pub use build::{Image, ImageError, ImageSource, SimulatedImages};
 pub use config::{BUILTIN, Blueprint, DesiredCounts, InstanceResources, PoolDoc, PoolSpec, RestartPolicy, RuntimePolicy, Workload};

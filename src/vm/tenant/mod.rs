@@ -1,5 +1,8 @@
 //! Tenants: the boundary of security, quota and network.
 
 mod config;
+mod lifecycle;
+mod secrets;
 
 pub use config::{NetworkSpec, Quotas, TenantDoc};
+pub use secrets::{MAX_SECRET, MAX_SECRETS, SealedSecret, SecretChange, SecretsDoc, unsealed};

@@ -1,0 +1,105 @@
+//! New instances: ids, places in the subnet, documents.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use mvm_types::{InstanceAddress, InstanceId, PoolAddress};
+
+use super::config::InstanceDoc;
+use super::state::InstanceState;
+use crate::audit::Entry;
+use crate::net::InstanceOffset;
+use crate::store::Document;
+use crate::vm::error::LifecycleError;
+use crate::vm::keys;
+use crate::vm::node::Node;
+
+/// How many documents are written at the same time: enough that they share the disk's flushes.
+const WRITERS: usize = 16;
+
+impl Node {
+    /// Writes down new instances of a pool, all or none of them taking room, and returns their addresses.
+    pub fn instances_create(&self, pool: &PoolAddress, count: u32) -> Result<Vec<InstanceAddress>, LifecycleError> {
+        let begun = Instant::now();
+        // Places in the subnet are the tenant's: one at a time gives them out.
+        let _tenant = self.lock(&keys::tenant_dir(&pool.tenant))?;
+        let tenant = self.tenant(&pool.tenant)?;
+        let doc = self.pool(pool)?;
+        let existing = self.tenant_instances(&pool.tenant, &mut Vec::new())?;
+        let mut taken: BTreeSet<u16> = existing.iter().map(|doc| doc.offset.0).collect();
+        let mut ids: BTreeSet<InstanceId> = existing.iter().map(|doc| doc.instance_id.clone()).collect();
+        let network = tenant.network.network();
+        let mut docs = Vec::new();
+        let mut free = (0..=u16::MAX).filter(|offset| !taken.contains(offset)).collect::<Vec<_>>().into_iter();
+        let created = self.clock().now();
+        for _ in 0..count {
+            let offset = InstanceOffset(free.next().unwrap_or(u16::MAX));
+            let address = network
+                .subnet
+                .instance(offset)
+                .map_err(|error| LifecycleError::Refused { what: format!("create an instance in {pool}"), why: error.to_string() })?;
+            docs.push(InstanceDoc {
+                version: InstanceDoc::VERSION,
+                instance_id: self.fresh_id(&mut ids),
+                tenant_id: pool.tenant.clone(),
+                pool_id: pool.pool.clone(),
+                role: doc.spec.role,
+                blueprint: doc.spec.blueprint(),
+                revision: doc.revision.clone(),
+                net_id: network.net_id,
+                offset,
+                address,
+                config_version: doc.config_version,
+                secrets_epoch: tenant.secrets_epoch,
+                created: created.clone(),
+                state: if doc.revision.is_some() { InstanceState::Ready } else { InstanceState::Created },
+                transition: None,
+                failure: None,
+            });
+        }
+        taken.clear();
+        let disk_mib = doc.spec.instance_resources.data_disk_mib;
+        let ask = |before: &crate::vm::usage::Usage| {
+            let mut after = before.clone();
+            (0..count).for_each(|_| after.add_instance(&pool.pool, disk_mib));
+            after
+        };
+        self.take_room(&tenant, ask, || self.write_new(&docs))?;
+        for doc in &docs {
+            let entry = Entry {
+                object: doc.at().to_string(),
+                role: Some(doc.role),
+                action: "create".into(),
+                to: Some(doc.state.name().to_string()),
+                took: begun.elapsed(),
+                ..Entry::default()
+            };
+            self.audit().note(&pool.tenant, entry)?;
+        }
+        self.audit().flush(&pool.tenant)?;
+        Ok(docs.iter().map(InstanceDoc::at).collect())
+    }
+
+    fn write_new(&self, docs: &[InstanceDoc]) -> Result<(), LifecycleError> {
+        let share = docs.len().div_ceil(WRITERS).max(1);
+        let write = |docs: &[InstanceDoc]| -> Result<(), LifecycleError> {
+            docs.iter().try_for_each(|doc| Ok(self.documents().write(&keys::instance_doc(&doc.at()), doc)?))
+        };
+        let write = &write;
+        std::thread::scope(|scope| {
+            let writers: Vec<_> = docs.chunks(share).map(|docs| scope.spawn(move || write(docs))).collect();
+            writers.into_iter().map(|writer| writer.join().expect("writing a document does not panic")).collect()
+        })
+    }
+
+    fn fresh_id(&self, taken: &mut BTreeSet<InstanceId>) -> InstanceId {
+        loop {
+            let mut bits = [0; 4];
+            (self.seams.random)(&mut bits);
+            let id = InstanceId::from_bits(u32::from_be_bytes(bits));
+            if taken.insert(id.clone()) {
+                return id;
+            }
+        }
+    }
+}

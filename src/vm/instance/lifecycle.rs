@@ -1,0 +1,585 @@
+//! The one lifecycle: whatever changes an instance, by hand or by plan, comes through here.
+//!
+//! Every verb does the same around its own part:
+//!
+//! ```text
+//! lock -> recover what was cut off -> is it legal? -> intent on disk -> effects -> result on disk -> audit
+//! ```
+//!
+//! A verb that fails undoes what it did, and records the failure; a verb that is killed leaves the intent, from which the next one
+//! finishes or undoes it ([`super::recover`]).
+
+use std::time::{Duration, Instant};
+
+use mvm_types::InstanceAddress;
+
+use super::config::InstanceDoc;
+use super::machine::Machine;
+use super::state::{InstanceState, StateName, StopReason, Transition, TransitionStep, Verb};
+use crate::audit::Entry;
+use crate::guest::WakeFixup;
+use crate::infra::failure::Failure;
+use crate::store::LockGuard;
+use crate::vm::error::{LifecycleError, with_causes};
+use crate::vm::instance::snapshot::{SnapshotError, SnapshotManifest, manifest_key};
+use crate::vm::keys;
+use crate::vm::node::Node;
+use crate::vm::pool::{PoolDoc, RuntimePolicy};
+use crate::vm::tenant::TenantDoc;
+use crate::vm::usage::Usage;
+use crate::vmm::{Liveness, VmHandle};
+
+/// How long the lifecycle tries to reach a guest agent that ran a moment ago.
+const REACH: Duration = Duration::from_secs(10);
+/// How long a guest may take to prepare for a snapshot, and to find itself again after a wake.
+const FIXUP: Duration = Duration::from_secs(30);
+
+/// How an instance is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopMode {
+    /// The guest is asked to end, and killed at its deadline.
+    Graceful,
+    /// The VMM is killed at once.
+    Force,
+}
+
+/// What a failed wake that is the snapshot's fault is recorded as: the next plan boots the instance afresh.
+pub const SNAPSHOT_REFUSED: &str = "wake (snapshot refused)";
+
+/// An instance, locked, with what it belongs to.
+pub(super) struct Locked<'a> {
+    pub node: &'a Node,
+    pub at: InstanceAddress,
+    pub tenant: TenantDoc,
+    pub pool: PoolDoc,
+    pub doc: InstanceDoc,
+    pub guard: Box<dyn LockGuard>,
+}
+
+impl Node {
+    /// Starts an instance afresh and waits until its guest is ready.
+    ///
+    /// `goal` is the state that it is on its way to: an instance that starts only to be warmed counts as warm.
+    pub fn start(&self, at: &InstanceAddress, goal: StateName) -> Result<(), LifecycleError> {
+        self.change(Verb::Start, at, |instance| instance.start(goal))
+    }
+
+    /// Pauses an instance and keeps its memory.
+    pub fn warm(&self, at: &InstanceAddress) -> Result<(), LifecycleError> {
+        self.change(Verb::Warm, at, |instance| instance.warm())
+    }
+
+    /// Lets a warm instance run again, with its clock set right.
+    pub fn resume(&self, at: &InstanceAddress) -> Result<(), LifecycleError> {
+        self.change(Verb::Resume, at, |instance| instance.resume())
+    }
+
+    /// Writes an instance to disk and ends its process.
+    pub fn sleep(&self, at: &InstanceAddress) -> Result<(), LifecycleError> {
+        self.change(Verb::Sleep, at, |instance| instance.sleep())
+    }
+
+    /// Lets an instance go on from its snapshot, and waits until its guest is ready.
+    pub fn wake(&self, at: &InstanceAddress, goal: StateName) -> Result<(), LifecycleError> {
+        self.change(Verb::Wake, at, |instance| instance.wake(goal))
+    }
+
+    /// Ends an instance; its data disk stays. A sleeping one loses its snapshot.
+    pub fn stop(&self, at: &InstanceAddress, mode: StopMode) -> Result<(), LifecycleError> {
+        self.change(Verb::Stop, at, |instance| instance.stop(mode))
+    }
+
+    /// Makes an instance take its pool's present image and resources.
+    pub fn rebuild(&self, at: &InstanceAddress) -> Result<(), LifecycleError> {
+        self.change(Verb::Rebuild, at, |instance| instance.rebuild())
+    }
+
+    /// Removes an instance with everything that it has, also its data.
+    pub fn destroy(&self, at: &InstanceAddress) -> Result<(), LifecycleError> {
+        let mut instance = self.lock_instance(at)?;
+        let begun = Instant::now();
+        let from = instance.doc.state.name();
+        let role = instance.doc.role;
+        let result = instance.destroy();
+        self.audit_change(Verb::Destroy, at, role, from, &result, begun.elapsed())?;
+        if result.is_ok() {
+            instance.guard.retire();
+        }
+        result
+    }
+
+    /// Finishes or undoes what was cut off, and notices a virtual machine that died.
+    pub fn recover(&self, at: &InstanceAddress) -> Result<StateName, LifecycleError> {
+        let mut instance = self.lock_instance(at)?;
+        let begun = Instant::now();
+        let from = instance.doc.state.name();
+        let role = instance.doc.role;
+        let result = instance.recover();
+        if !matches!(result, Ok(None)) {
+            let outcome = result.as_ref().map(|_| ()).map_err(with_causes_of);
+            self.audit_entry("recover", at, role, from, instance.doc.state.name(), outcome, begun.elapsed())?;
+        }
+        result.map(|_| instance.doc.state.name())
+    }
+
+    /// The frame around every verb but destroy.
+    fn change(
+        &self,
+        verb: Verb,
+        at: &InstanceAddress,
+        body: impl FnOnce(&mut Locked<'_>) -> Result<(), LifecycleError>,
+    ) -> Result<(), LifecycleError> {
+        let mut instance = self.lock_instance(at)?;
+        instance.recover()?;
+        let from = instance.doc.state.name();
+        verb.check(from, at)?;
+        let begun = Instant::now();
+        let result = body(&mut instance);
+        if let Err(error) = &result
+            && !error.is_killed()
+        {
+            instance.record_failure(verb, error)?;
+        }
+        self.audit_change(verb, at, instance.doc.role, from, &result, begun.elapsed())?;
+        tracing::info!(instance = %at, verb = %verb, ok = result.is_ok(), took_ms = begun.elapsed().as_millis() as u64, "changed");
+        result
+    }
+
+    fn lock_instance(&self, at: &InstanceAddress) -> Result<Locked<'_>, LifecycleError> {
+        // Before the lock, so that asking for what is not there leaves no lock behind.
+        self.instance(at)?;
+        let guard = self.lock(&keys::instance_dir(at))?;
+        let doc = match self.instance(at) {
+            Ok(doc) => doc,
+            Err(error) => {
+                guard.retire();
+                return Err(error);
+            }
+        };
+        let tenant = self.tenant(&at.tenant)?;
+        let pool = self.pool(&at.pool_address())?;
+        Ok(Locked { node: self, at: at.clone(), tenant, pool, doc, guard })
+    }
+
+    fn audit_change(
+        &self,
+        verb: Verb,
+        at: &InstanceAddress,
+        role: mvm_types::Role,
+        from: StateName,
+        result: &Result<(), LifecycleError>,
+        took: Duration,
+    ) -> Result<(), LifecycleError> {
+        let outcome = result.as_ref().map(|()| ()).map_err(with_causes_of);
+        let to = if result.is_ok() { verb.target() } else { from };
+        self.audit_entry(verb.as_str(), at, role, from, to, outcome, took)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn audit_entry(
+        &self,
+        action: &str,
+        at: &InstanceAddress,
+        role: mvm_types::Role,
+        from: StateName,
+        to: StateName,
+        outcome: Result<(), String>,
+        took: Duration,
+    ) -> Result<(), LifecycleError> {
+        let entry = Entry {
+            object: at.to_string(),
+            role: Some(role),
+            action: action.to_owned(),
+            from: Some(from.to_string()),
+            to: Some(to.to_string()),
+            error: outcome.err(),
+            took,
+        };
+        Ok(self.audit().record(&at.tenant, entry)?)
+    }
+}
+
+fn with_causes_of(error: &LifecycleError) -> String {
+    with_causes(error)
+}
+
+impl Locked<'_> {
+    pub(super) fn policy(&self) -> &RuntimePolicy {
+        &self.pool.spec.runtime_policy
+    }
+
+    pub(super) fn save(&self) -> Result<(), LifecycleError> {
+        Ok(self.node.documents().write(&keys::instance_doc(&self.at), &self.doc)?)
+    }
+
+    /// Writes down what is about to happen.
+    fn intend(&mut self, to: StateName) -> Result<(), LifecycleError> {
+        self.doc.transition = Some(Transition { to, step: TransitionStep::Undoable, since: self.node.clock().now() });
+        self.save()
+    }
+
+    /// Writes down how far it has come.
+    fn reached(&mut self, step: TransitionStep) -> Result<(), LifecycleError> {
+        if let Some(transition) = &mut self.doc.transition {
+            transition.step = step;
+        }
+        self.save()
+    }
+
+    /// Writes down the result, and gives the room back that the state before took and this one does not.
+    pub(super) fn arrive(&mut self, state: InstanceState) -> Result<(), LifecycleError> {
+        let was = crate::vm::usage::counts_as(&self.doc);
+        self.doc.state = state;
+        self.doc.transition = None;
+        self.doc.failure = None;
+        self.save()?;
+        let is = self.doc.state.name();
+        if was != is {
+            let resources = self.doc.blueprint.resources.clone();
+            self.node.give_back_room(&self.at.tenant, |usage| {
+                usage.leave(was, &resources);
+                usage.enter(is, &resources);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes down the intent while the room for it is taken.
+    fn intend_with_room(&mut self, to: StateName, goal: StateName) -> Result<(), LifecycleError> {
+        let (from, resources) = (self.doc.state.name(), self.doc.blueprint.resources.clone());
+        // An instance that starts only to sleep needs CPUs and memory, and is no running instance that serves anybody.
+        let counted = if goal == StateName::Warm { StateName::Warm } else { StateName::Running };
+        let serves = goal != StateName::Sleeping;
+        let tenant = self.tenant.clone();
+        let ask = |before: &Usage| {
+            let mut after = before.clone();
+            after.leave(from, &resources);
+            after.enter(counted, &resources);
+            if !serves {
+                after.running = before.running;
+            }
+            after
+        };
+        let node = self.node;
+        node.take_room(&tenant, ask, || self.intend(to))
+    }
+
+    fn record_failure(&mut self, verb: Verb, error: &LifecycleError) -> Result<(), LifecycleError> {
+        let step = match error {
+            LifecycleError::Snapshot(_) => SNAPSHOT_REFUSED,
+            _ => verb.as_str(),
+        };
+        let now = self.node.clock().now();
+        self.doc.failure = Some(Failure::again(self.doc.failure.as_ref(), step, with_causes(error), &now));
+        match self.save() {
+            // The disk is full, say: the error itself is what the caller has to hear.
+            Err(failed) if !failed.is_killed() => {
+                tracing::warn!(instance = %self.at, error = with_causes(&failed), "the failure cannot be written down");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn start(&mut self, goal: StateName) -> Result<(), LifecycleError> {
+        let revision = self.doc.revision.clone().ok_or_else(|| LifecycleError::Refused {
+            what: format!("start {}", self.at),
+            why: format!("its pool has no image yet; `mvm pool build {}` builds it", self.at.pool_address()),
+        })?;
+        let image = self.node.images().open(&revision)?;
+        self.doc.config_version = self.pool.config_version;
+        self.doc.secrets_epoch = self.tenant.secrets_epoch;
+        self.intend_with_room(StateName::Running, goal)?;
+        let result = self.boot(&image);
+        match result {
+            Ok((vm, guest_boot)) => {
+                let since = self.node.clock().now();
+                self.arrive(InstanceState::Running { vm, since, guest_boot })
+            }
+            Err(error) => self.undone(error),
+        }
+    }
+
+    fn boot(&mut self, image: &crate::vm::pool::Image) -> Result<(VmHandle, String), LifecycleError> {
+        let machine = Machine { instance: self };
+        let vm = self.node.vmm().boot(machine.spec(image)?)?;
+        let ready = self.node.guests().control(&vm, Instant::now() + self.node.boot_timeout).and_then(|mut guest| {
+            let deadline = Instant::now() + self.node.boot_timeout;
+            guest.wait_ready(deadline)
+        });
+        match ready {
+            Ok(ready) => Ok((vm, ready.boot_id)),
+            Err(error) => {
+                let died = self.node.vmm().liveness(&vm) == Liveness::Gone;
+                self.node.vmm().kill(&vm)?;
+                if died {
+                    let why = format!(
+                        "the virtual machine ended before its guest was ready ({error}); `mvm logs {} --source console` has its last words",
+                        self.at
+                    );
+                    return Err(LifecycleError::Refused { what: format!("start {}", self.at), why });
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Takes back an intent whose effects were undone by whoever failed, and cleans up.
+    fn undone(&mut self, error: LifecycleError) -> Result<(), LifecycleError> {
+        if error.is_killed() {
+            return Err(error);
+        }
+        self.node.host().remove_run_dir(&self.at.instance)?;
+        let state = self.doc.state.clone();
+        let failure = self.doc.failure.take();
+        self.arrive(state)?;
+        self.doc.failure = failure;
+        Err(error)
+    }
+
+    fn vm(&self) -> Result<(VmHandle, String), LifecycleError> {
+        match &self.doc.state {
+            InstanceState::Running { vm, guest_boot, .. } | InstanceState::Warm { vm, guest_boot, .. } => {
+                Ok((vm.clone(), guest_boot.clone()))
+            }
+            other => Err(LifecycleError::Refused { what: format!("reach {}", self.at), why: format!("it is {}", other.name()) }),
+        }
+    }
+
+    fn fixup(&self) -> WakeFixup {
+        let mut entropy = [0; 64];
+        (self.node.seams.random)(&mut entropy);
+        WakeFixup { entropy }
+    }
+
+    /// Lets the guest find itself again: clock, random pool, drives, hooks. Returns its boot id.
+    pub(super) fn greet(&self, vm: &VmHandle) -> Result<String, LifecycleError> {
+        let deadline = Instant::now() + FIXUP;
+        let mut guest = self.node.guests().control(vm, deadline)?;
+        Ok(guest.wake(&self.fixup(), deadline)?.boot_id)
+    }
+
+    fn drain(&self, vm: &VmHandle) -> Result<(), LifecycleError> {
+        let timeout = Duration::from_secs(self.policy().drain_timeout_seconds.into());
+        let mut guest = self.node.guests().control(vm, Instant::now() + REACH)?;
+        if let crate::guest::Drained::Busy(busy) = guest.drain(timeout)? {
+            tracing::info!(instance = %self.at, busy = busy.join(", "), "still busy at the drain deadline");
+        }
+        Ok(())
+    }
+
+    fn warm(&mut self) -> Result<(), LifecycleError> {
+        let (vm, guest_boot) = self.vm()?;
+        self.intend_with_room(StateName::Warm, StateName::Warm)?;
+        let paused = self.drain(&vm).and_then(|()| Ok(self.node.vmm().pause(&vm)?));
+        match paused {
+            Ok(()) => {
+                let since = self.node.clock().now();
+                self.arrive(InstanceState::Warm { vm, since, guest_boot })
+            }
+            Err(error) => self.back_to_running(&vm, error),
+        }
+    }
+
+    /// After a failure on the way down the guest goes on as before, or is found dead.
+    fn back_to_running(&mut self, vm: &VmHandle, error: LifecycleError) -> Result<(), LifecycleError> {
+        if error.is_killed() {
+            return Err(error);
+        }
+        // Undoing is what recovery does with this intent.
+        tracing::warn!(instance = %self.at, error = with_causes(&error), pid = vm.process.pid, "going back to Running");
+        self.recover()?;
+        Err(error)
+    }
+
+    fn resume(&mut self) -> Result<(), LifecycleError> {
+        let (vm, _) = self.vm()?;
+        self.intend_with_room(StateName::Running, StateName::Running)?;
+        self.reached(TransitionStep::Resumed { vm: vm.clone() })?;
+        self.node.vmm().resume(&vm)?;
+        let guest_boot = self.greet(&vm)?;
+        let since = self.node.clock().now();
+        self.arrive(InstanceState::Running { vm, since, guest_boot })
+    }
+
+    fn sleep(&mut self) -> Result<(), LifecycleError> {
+        let (vm, guest_boot) = self.vm()?;
+        self.intend(StateName::Sleeping)?;
+        match self.snapshot(&vm) {
+            Ok(()) => {}
+            Err(error) => return self.back_to_running(&vm, error),
+        }
+        self.reached(TransitionStep::Saved)?;
+        self.node.vmm().kill(&vm)?;
+        self.node.host().remove_run_dir(&self.at.instance)?;
+        let since = self.node.clock().now();
+        self.arrive(InstanceState::Sleeping { since, guest_boot })
+    }
+
+    /// Drains, prepares, pauses and writes the snapshot; the manifest last.
+    fn snapshot(&mut self, vm: &VmHandle) -> Result<(), LifecycleError> {
+        let vmm = self.node.vmm();
+        if self.doc.state.name() == StateName::Warm {
+            vmm.resume(vm)?;
+        } else {
+            self.drain(vm)?;
+        }
+        {
+            let deadline = Instant::now() + FIXUP;
+            let mut guest = self.node.guests().control(vm, deadline)?;
+            guest.prepare_sleep(deadline)?;
+        }
+        vmm.pause(vm)?;
+        let dir = self.node.paths.snapshot(&self.at);
+        vmm.snapshot(vm, &dir)?;
+        let taken = self.node.clock().now();
+        let manifest = SnapshotManifest::describe(&self.node.id, &self.doc, vmm.stamp()?, taken, &dir, vmm.snapshot_files())?;
+        self.node.documents().write(&manifest_key(&self.at), &manifest)?;
+        Ok(())
+    }
+
+    fn wake(&mut self, goal: StateName) -> Result<(), LifecycleError> {
+        let vmm = self.node.vmm();
+        let manifest: SnapshotManifest =
+            self.node.documents().read(&manifest_key(&self.at))?.ok_or_else(|| SnapshotError::Missing { instance: self.at.to_string() })?;
+        manifest.check_conditions(&self.node.id, &self.doc, &vmm.stamp()?)?;
+        let revision = self.doc.revision.clone().ok_or_else(|| SnapshotError::Missing { instance: self.at.to_string() })?;
+        let image = self.node.images().open(&revision)?;
+        self.doc.config_version = self.pool.config_version;
+        self.doc.secrets_epoch = self.tenant.secrets_epoch;
+        self.intend_with_room(StateName::Running, goal)?;
+        let dir = self.node.paths.snapshot(&self.at);
+        // The snapshot is mapped, not read; that its files are what was written is found out while the VMM starts.
+        let restored = std::thread::scope(|scope| {
+            let check = scope.spawn(|| manifest.check_files(&dir));
+            let vm = Machine { instance: self }.spec(&image).and_then(|spec| Ok(vmm.restore(spec, &dir)?));
+            let checked = check.join().expect("checking hashes does not panic");
+            match (vm, checked) {
+                (Ok(vm), Ok(())) => Ok(vm),
+                (Ok(vm), Err(damaged)) => {
+                    vmm.kill(&vm)?;
+                    Err(damaged.into())
+                }
+                (Err(error), Ok(())) => Err(error),
+                (Err(error), Err(damaged)) => Err(if error.is_killed() { error } else { damaged.into() }),
+            }
+        });
+        let vm = match restored {
+            Ok(vm) => vm,
+            Err(error) => return self.undone(error),
+        };
+        // From here on the snapshot is used up: the guest runs on, and its disk with it.
+        self.reached(TransitionStep::Resumed { vm: vm.clone() })?;
+        self.node.documents().raw().remove(&manifest_key(&self.at))?;
+        let woken = vmm.resume(&vm).map_err(LifecycleError::from).and_then(|()| self.greet(&vm));
+        match woken {
+            Ok(guest_boot) => {
+                let since = self.node.clock().now();
+                self.arrive(InstanceState::Running { vm, since, guest_boot })
+            }
+            Err(error) if error.is_killed() => Err(error),
+            Err(error) => {
+                self.end(StopReason::SnapshotLost(format!("the guest did not come back: {}", with_causes(&error))))?;
+                Err(error)
+            }
+        }
+    }
+
+    fn stop(&mut self, mode: StopMode) -> Result<(), LifecycleError> {
+        self.intend(StateName::Stopped)?;
+        if mode == StopMode::Graceful
+            && let Some(vm) = self.doc.state.vm().cloned()
+        {
+            self.ask_to_end(&vm);
+        }
+        self.end(StopReason::Requested)
+    }
+
+    /// Asks the guest to end and waits; whether it did is seen by who kills what is left.
+    fn ask_to_end(&self, vm: &VmHandle) {
+        let grace = Duration::from_secs(self.policy().graceful_shutdown_seconds.into());
+        let asked = || -> Result<(), LifecycleError> {
+            if self.doc.state.name() == StateName::Warm {
+                self.node.vmm().resume(vm)?;
+            } else {
+                self.drain(vm)?;
+            }
+            self.node.guests().control(vm, Instant::now() + grace.min(REACH))?.shutdown(grace)?;
+            self.node.vmm().wait_exit(vm, grace)?;
+            Ok(())
+        };
+        if let Err(error) = asked() {
+            tracing::warn!(instance = %self.at, error = with_causes(&error), "the guest did not end by itself and is killed");
+        }
+    }
+
+    /// Ends whatever is left of the instance's process and snapshot, and records that it is stopped.
+    pub(super) fn end(&mut self, why: StopReason) -> Result<(), LifecycleError> {
+        self.kill_machines()?;
+        self.node.documents().raw().remove(&manifest_key(&self.at))?;
+        self.node.host().remove_snapshot(&self.at)?;
+        self.node.host().remove_run_dir(&self.at.instance)?;
+        let since = self.node.clock().now();
+        self.arrive(InstanceState::Stopped { since, why })
+    }
+
+    /// Kills every virtual machine that may run for this instance: those that are recorded, and one that was not yet.
+    pub(super) fn kill_machines(&mut self) -> Result<(), LifecycleError> {
+        let vmm = self.node.vmm();
+        let resumed = match self.doc.transition.as_ref().map(|transition| &transition.step) {
+            Some(TransitionStep::Resumed { vm }) => Some(vm),
+            _ => None,
+        };
+        for vm in self.doc.state.vm().into_iter().chain(resumed) {
+            vmm.kill(vm)?;
+        }
+        if self.doc.transition.is_some()
+            && let Some(stray) = self.stray()?
+        {
+            vmm.kill(&stray)?;
+        }
+        Ok(())
+    }
+
+    /// Finds a machine that was started for this instance and not written down.
+    pub(super) fn stray(&self) -> Result<Option<VmHandle>, LifecycleError> {
+        let run_dir = self.node.paths.run_instance(&self.at.instance);
+        Ok(self.node.vmm().find_stray(&self.node.id, &self.at, &run_dir, self.doc.blueprint.resources.mem_mib)?)
+    }
+
+    fn rebuild(&mut self) -> Result<(), LifecycleError> {
+        let revision = self.pool.revision.clone().ok_or_else(|| LifecycleError::Refused {
+            what: format!("rebuild {}", self.at),
+            why: format!("its pool has no image yet; `mvm pool build {}` builds it", self.at.pool_address()),
+        })?;
+        let blueprint = self.pool.spec.blueprint();
+        let (was, is) = (self.doc.blueprint.resources.data_disk_mib, blueprint.resources.data_disk_mib);
+        let tenant = self.tenant.clone();
+        let ask = |before: &Usage| Usage { disk_mib: before.disk_mib.saturating_sub(was) + is, ..before.clone() };
+        self.doc.blueprint = blueprint;
+        self.doc.revision = Some(revision);
+        self.doc.config_version = self.pool.config_version;
+        self.doc.state = InstanceState::Ready;
+        self.doc.failure = None;
+        let node = self.node;
+        node.take_room(&tenant, ask, || self.save())
+    }
+
+    fn destroy(&mut self) -> Result<(), LifecycleError> {
+        let (counted, resources) = (crate::vm::usage::counts_as(&self.doc), self.doc.blueprint.resources.clone());
+        // Without the state, so that a recovery of what is cut off here can only go on destroying; but a machine that was
+        // started and not written down is found by this intent's being there.
+        self.kill_machines()?;
+        self.doc.transition = Some(Transition { to: StateName::Destroyed, step: TransitionStep::Undoable, since: self.node.clock().now() });
+        self.save()?;
+        self.kill_machines()?;
+        self.node.host().remove_run_dir(&self.at.instance)?;
+        self.node.host().remove_instance_files(&self.at)?;
+        self.node.documents().raw().remove_tree(&keys::instance_dir(&self.at))?;
+        let pool = self.at.pool.clone();
+        self.node.give_back_room(&self.at.tenant, |usage| {
+            usage.leave(counted, &resources);
+            usage.remove_instance(&pool, resources.data_disk_mib);
+        })
+    }
+}

@@ -1,0 +1,106 @@
+//! What becomes of an instance whose change of state was cut off, or whose virtual machine died.
+//!
+//! | found | becomes |
+//! |---|---|
+//! | on its way up, undoable | what it was: whatever was started is killed |
+//! | on its way down, undoable, its machine runs | Running again: resumed, and the guest set right |
+//! | its snapshot used up (`Resumed`), the machine runs | Running |
+//! | its snapshot used up, the machine is gone | Stopped |
+//! | its snapshot whole (`Saved`) | Sleeping: the process is killed |
+//! | on its way to Stopped | Stopped |
+//! | on its way to Destroyed | destroyed by the next plan or hand; here it stays as it is |
+//! | Running or Warm, the machine is gone | Stopped |
+
+use super::lifecycle::Locked;
+use super::snapshot::manifest_key;
+use super::state::{InstanceState, StateName, StopReason, TransitionStep};
+use crate::vm::error::LifecycleError;
+use crate::vmm::{Liveness, VmHandle};
+
+impl Locked<'_> {
+    /// Brings document and world together again. Returns what was found, in words, or `None` when they agreed.
+    pub(super) fn recover(&mut self) -> Result<Option<&'static str>, LifecycleError> {
+        let Some(transition) = self.doc.transition.clone() else {
+            return match self.doc.state.vm() {
+                Some(vm) if self.node.vmm().liveness(vm) == Liveness::Gone => {
+                    self.end(StopReason::Died)?;
+                    Ok(Some("its virtual machine had died"))
+                }
+                _ => Ok(None),
+            };
+        };
+        match (transition.to, transition.step) {
+            (StateName::Destroyed, _) => Ok(None),
+            (StateName::Stopped, _) => {
+                self.end(StopReason::Requested)?;
+                Ok(Some("its stop was finished"))
+            }
+            (_, TransitionStep::Saved) => {
+                self.kill_machines()?;
+                self.node.host().remove_run_dir(&self.at.instance)?;
+                let guest_boot = self.guest_boot();
+                let since = self.node.clock().now();
+                self.arrive(InstanceState::Sleeping { since, guest_boot })?;
+                Ok(Some("its sleep was finished"))
+            }
+            (_, TransitionStep::Resumed { vm }) => {
+                self.go_on(&vm)?;
+                Ok(Some("its wake was finished"))
+            }
+            // On its way down: the machine is the one of the state.
+            (StateName::Warm | StateName::Sleeping, TransitionStep::Undoable) => {
+                let Some(vm) = self.doc.state.vm().cloned() else {
+                    self.end(StopReason::Died)?;
+                    return Ok(Some("its virtual machine had died"));
+                };
+                self.go_on(&vm)?;
+                Ok(Some("it went back to Running"))
+            }
+            // On its way up: whatever was started is not written down.
+            (_, TransitionStep::Undoable) => {
+                if let Some(stray) = self.stray()? {
+                    self.node.vmm().kill(&stray)?;
+                }
+                if self.doc.state.vm().is_none() {
+                    self.node.host().remove_run_dir(&self.at.instance)?;
+                }
+                let (state, failure) = (self.doc.state.clone(), self.doc.failure.clone());
+                self.doc.failure = failure;
+                self.arrive(state)?;
+                Ok(Some("it was undone"))
+            }
+        }
+    }
+
+    fn guest_boot(&self) -> String {
+        match &self.doc.state {
+            InstanceState::Running { guest_boot, .. }
+            | InstanceState::Warm { guest_boot, .. }
+            | InstanceState::Sleeping { guest_boot, .. } => guest_boot.clone(),
+            _ => String::new(),
+        }
+    }
+
+    /// Lets a machine run on when it is alive and its guest answers; else the instance is stopped.
+    fn go_on(&mut self, vm: &VmHandle) -> Result<(), LifecycleError> {
+        let vmm = self.node.vmm();
+        if vmm.liveness(vm) == Liveness::Gone {
+            return self.end(StopReason::Died);
+        }
+        // What the snapshot directory holds may be half brought up to date: it is no snapshot of anything.
+        self.node.documents().raw().remove(&manifest_key(&self.at))?;
+        let back = vmm.resume(vm).map_err(LifecycleError::from).and_then(|()| self.greet(vm));
+        match back {
+            Ok(guest_boot) => {
+                let since = self.doc.state.since().filter(|_| self.doc.state.name() == StateName::Running).cloned();
+                let since = since.unwrap_or_else(|| self.node.clock().now());
+                self.arrive(InstanceState::Running { vm: vm.clone(), since, guest_boot })
+            }
+            Err(error) if error.is_killed() => Err(error),
+            Err(error) => {
+                tracing::warn!(instance = %self.at, error = crate::vm::error::with_causes(&error), "the guest did not come back and is stopped");
+                self.end(StopReason::Died)
+            }
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! One node: the state directory and the seams that its tenants, pools and instances live on.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use mvm_types::{InstanceAddress, InstanceId, NodeId, PoolAddress, PoolId, TenantId};
+use serde::{Deserialize, Serialize};
+
+use super::error::LifecycleError;
+use super::instance::InstanceDoc;
+use super::keys;
+use super::pool::{ImageSource, PoolDoc};
+use super::tenant::TenantDoc;
+use super::usage::Usage;
+use crate::audit::Audit;
+use crate::guest::GuestChannel;
+use crate::host::Host;
+use crate::infra::clock::Clock;
+use crate::infra::paths::Paths;
+use crate::net::TenantNetId;
+use crate::store::{Document, Documents, LockGuard, Wait};
+use crate::vmm::Vmm;
+
+/// How long a verb waits for another mvm that changes the same object.
+pub const LOCK_PATIENCE: Duration = Duration::from_secs(20);
+
+/// `node.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeDoc {
+    /// The document's version.
+    pub version: u32,
+    /// The node.
+    pub node_id: NodeId,
+    /// Net ids of tenants that are gone, with their names: never given again.
+    #[serde(default)]
+    pub retired_net_ids: BTreeMap<u16, TenantId>,
+    /// The desired-state document that was admitted last: its generation and hash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admitted: Option<Admitted>,
+}
+
+/// What was admitted last.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admitted {
+    /// The document's generation.
+    pub generation: u64,
+    /// The BLAKE3 hash of its canonical JSON, in hex.
+    pub hash: String,
+}
+
+impl Document for NodeDoc {
+    const KIND: &'static str = "node";
+    const VERSION: u32 = 1;
+    fn version(&self) -> u32 {
+        self.version
+    }
+}
+
+/// Seals what must not lie in the clear on a persistent file system.
+pub trait Sealer: Send + Sync {
+    /// Seals a secret so that it opens only for the same tenant, name and epoch.
+    fn seal(&self, tenant: &TenantId, name: &str, epoch: u64, secret: &[u8]) -> Result<Vec<u8>, String>;
+
+    /// Opens a sealed secret.
+    fn unseal(&self, tenant: &TenantId, name: &str, epoch: u64, sealed: &[u8]) -> Result<zeroize::Zeroizing<Vec<u8>>, String>;
+}
+
+/// Fills a buffer with random bytes.
+pub type Random = Box<dyn Fn(&mut [u8]) + Send + Sync>;
+
+/// The parts that a node is put together from.
+pub struct Seams {
+    /// Documents.
+    pub documents: Documents,
+    /// What needs root.
+    pub host: Arc<dyn Host>,
+    /// The driver.
+    pub vmm: Arc<dyn Vmm>,
+    /// The way to guests.
+    pub guests: Arc<dyn GuestChannel>,
+    /// Where images come from.
+    pub images: Arc<dyn ImageSource>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Random bytes.
+    pub random: Random,
+    /// Seals secrets.
+    pub sealer: Arc<dyn Sealer>,
+    /// What was done.
+    pub audit: Audit,
+}
+
+/// Whether each VMM runs under a uid of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmmUids {
+    /// Each has its own; mvm runs as root.
+    PerInstance,
+    /// They run as mvm does.
+    Own,
+}
+
+/// One node.
+pub struct Node {
+    /// Its id.
+    pub id: NodeId,
+    /// Its directories.
+    pub paths: Paths,
+    /// Whose uid VMMs have.
+    pub uids: VmmUids,
+    /// Name servers that guests are told of.
+    pub dns: Vec<std::net::Ipv4Addr>,
+    /// How long a guest may take from boot to ready.
+    pub boot_timeout: Duration,
+    pub(crate) seams: Seams,
+    ledgers: Mutex<HashMap<TenantId, Arc<Mutex<Ledger>>>>,
+}
+
+/// A tenant's usage as this process knows it.
+#[derive(Default)]
+struct Ledger {
+    generation: u64,
+    usage: Option<Usage>,
+}
+
+impl Node {
+    /// Opens the node of a state directory; a new directory gets a new node id.
+    pub fn open(paths: Paths, seams: Seams, uids: VmmUids) -> Result<Self, LifecycleError> {
+        let id = match seams.documents.read::<NodeDoc>(keys::NODE)? {
+            Some(doc) => doc.node_id,
+            None => Self::initialize(&seams)?,
+        };
+        Ok(Self { id, paths, uids, dns: Vec::new(), boot_timeout: Duration::from_secs(60), seams, ledgers: Mutex::default() })
+    }
+
+    /// Opens the node for looking only: a state directory that is not there yet is not made.
+    pub fn open_to_look(paths: Paths, seams: Seams, uids: VmmUids) -> Result<Self, LifecycleError> {
+        let unborn: NodeId = "unborn".parse().expect("unborn is a node id");
+        let id = seams.documents.read::<NodeDoc>(keys::NODE)?.map_or(unborn, |doc| doc.node_id);
+        Ok(Self { id, paths, uids, dns: Vec::new(), boot_timeout: Duration::from_secs(60), seams, ledgers: Mutex::default() })
+    }
+
+    fn initialize(seams: &Seams) -> Result<NodeId, LifecycleError> {
+        let _guard = seams.documents.raw().lock(keys::NODE, Wait::Until(Instant::now() + LOCK_PATIENCE))?;
+        if let Some(doc) = seams.documents.read::<NodeDoc>(keys::NODE)? {
+            return Ok(doc.node_id);
+        }
+        let mut bits = [0; 4];
+        (seams.random)(&mut bits);
+        let node_id: NodeId = format!("n{:08x}", u32::from_be_bytes(bits)).parse().expect("n and eight hex digits are a node id");
+        let doc = NodeDoc { version: NodeDoc::VERSION, node_id: node_id.clone(), retired_net_ids: BTreeMap::new(), admitted: None };
+        seams.documents.write(keys::NODE, &doc)?;
+        Ok(node_id)
+    }
+
+    /// Returns the documents.
+    pub fn documents(&self) -> &Documents {
+        &self.seams.documents
+    }
+
+    /// Returns the host.
+    pub fn host(&self) -> &dyn Host {
+        &*self.seams.host
+    }
+
+    /// Returns the driver.
+    pub fn vmm(&self) -> &dyn Vmm {
+        &*self.seams.vmm
+    }
+
+    /// Returns the way to guests.
+    pub fn guests(&self) -> &dyn GuestChannel {
+        &*self.seams.guests
+    }
+
+    /// Returns where images come from.
+    pub fn images(&self) -> &dyn ImageSource {
+        &*self.seams.images
+    }
+
+    /// Returns the clock.
+    pub fn clock(&self) -> &dyn Clock {
+        &*self.seams.clock
+    }
+
+    /// Returns the log of what was done.
+    pub fn audit(&self) -> &Audit {
+        &self.seams.audit
+    }
+
+    /// Reads `node.json`.
+    pub fn node_doc(&self) -> Result<NodeDoc, LifecycleError> {
+        let unborn = NodeDoc { version: NodeDoc::VERSION, node_id: self.id.clone(), retired_net_ids: BTreeMap::new(), admitted: None };
+        Ok(self.documents().read(keys::NODE)?.unwrap_or(unborn))
+    }
+
+    /// Changes `node.json` under its lock.
+    pub fn update_node_doc(&self, change: impl FnOnce(&mut NodeDoc)) -> Result<(), LifecycleError> {
+        let _guard = self.lock(keys::NODE)?;
+        let mut doc = self.node_doc()?;
+        let before = doc.clone();
+        change(&mut doc);
+        if doc != before {
+            self.documents().write(keys::NODE, &doc)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn lock(&self, key: &str) -> Result<Box<dyn LockGuard>, LifecycleError> {
+        Ok(self.documents().raw().lock(key, Wait::Until(Instant::now() + LOCK_PATIENCE))?)
+    }
+
+    /// Reads a tenant.
+    ///
+    /// # Errors
+    /// [`LifecycleError::NotFound`], which lists the tenants that there are.
+    pub fn tenant(&self, tenant: &TenantId) -> Result<TenantDoc, LifecycleError> {
+        match self.documents().read(&keys::tenant_doc(tenant))? {
+            Some(doc) => Ok(doc),
+            None => {
+                let known = self.tenants()?.iter().map(ToString::to_string).collect();
+                Err(LifecycleError::NotFound { kind: "tenant", name: tenant.to_string(), known })
+            }
+        }
+    }
+
+    /// Reads a pool.
+    ///
+    /// # Errors
+    /// [`LifecycleError::NotFound`], which lists the pools that there are.
+    pub fn pool(&self, pool: &PoolAddress) -> Result<PoolDoc, LifecycleError> {
+        self.tenant(&pool.tenant)?;
+        match self.documents().read(&keys::pool_doc(pool))? {
+            Some(doc) => Ok(doc),
+            None => {
+                let known = self.pools(&pool.tenant)?.iter().map(|id| format!("{}/{id}", pool.tenant)).collect();
+                Err(LifecycleError::NotFound { kind: "pool", name: pool.to_string(), known })
+            }
+        }
+    }
+
+    /// Reads an instance.
+    ///
+    /// # Errors
+    /// [`LifecycleError::NotFound`], which lists the instances that there are.
+    pub fn instance(&self, at: &InstanceAddress) -> Result<InstanceDoc, LifecycleError> {
+        match self.documents().read(&keys::instance_doc(at))? {
+            Some(doc) => Ok(doc),
+            None => {
+                let pool = at.pool_address();
+                self.pool(&pool)?;
+                let known = self.instances(&pool)?.iter().map(|id| format!("{pool}/{id}")).collect();
+                Err(LifecycleError::NotFound { kind: "instance", name: at.to_string(), known })
+            }
+        }
+    }
+
+    /// Lists the tenants in order.
+    pub fn tenants(&self) -> Result<Vec<TenantId>, LifecycleError> {
+        self.ids(keys::TENANTS)
+    }
+
+    /// Lists a tenant's pools in order.
+    pub fn pools(&self, tenant: &TenantId) -> Result<Vec<PoolId>, LifecycleError> {
+        self.ids(&keys::pools_dir(tenant))
+    }
+
+    /// Lists a pool's instances in order of their ids.
+    pub fn instances(&self, pool: &PoolAddress) -> Result<Vec<InstanceId>, LifecycleError> {
+        self.ids(&keys::instances_dir(pool))
+    }
+
+    /// Names that are no ids are not mvm's: a quarantined document, an editor's copy.
+    fn ids<T: std::str::FromStr>(&self, dir: &str) -> Result<Vec<T>, LifecycleError> {
+        let names = self.documents().raw().list(dir)?;
+        Ok(names.into_iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// Reads every instance of a tenant; those whose document cannot be read are named in `problems`.
+    pub fn tenant_instances(&self, tenant: &TenantId, problems: &mut Vec<String>) -> Result<Vec<InstanceDoc>, LifecycleError> {
+        let mut docs = Vec::new();
+        for pool in self.pools(tenant)? {
+            let pool = PoolAddress::new(tenant.clone(), pool);
+            for id in self.instances(&pool)? {
+                let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
+                match self.documents().read(&keys::instance_doc(&at)) {
+                    Ok(doc) => docs.extend(doc),
+                    Err(error) => problems.push(super::error::with_causes(&error)),
+                }
+            }
+        }
+        Ok(docs)
+    }
+
+    /// Takes room in a tenant's quotas, and keeps it by an effect that makes it visible to others: a document written.
+    ///
+    /// `ask` gets the usage as it is and returns it as it would be; `keep` runs while nobody else can take room.
+    ///
+    /// # Errors
+    /// The quota that leaves no room; whatever `keep` says.
+    pub(crate) fn take_room<T>(
+        &self,
+        tenant: &TenantDoc,
+        ask: impl FnOnce(&Usage) -> Usage,
+        keep: impl FnOnce() -> Result<T, LifecycleError>,
+    ) -> Result<T, LifecycleError> {
+        let ledger = self.ledger(&tenant.tenant_id);
+        let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.lock(&keys::admission_lock(&tenant.tenant_id))?;
+        let before = self.usage(&tenant.tenant_id, &mut ledger, &*guard)?;
+        let after = ask(&before);
+        if let Err(refused) = tenant.quotas.check(&tenant.tenant_id, &before, &after) {
+            ledger.usage = Some(before);
+            return Err(refused.into());
+        }
+        let kept = keep();
+        // What was written may or may not be there after an error: count again next time.
+        ledger.generation = guard.generation().wrapping_add(1);
+        guard.set_generation(ledger.generation);
+        ledger.usage = kept.is_ok().then_some(after);
+        kept
+    }
+
+    /// Counts a change that gives room back, after its document was written.
+    pub(crate) fn give_back_room(&self, tenant: &TenantId, change: impl FnOnce(&mut Usage)) -> Result<(), LifecycleError> {
+        let ledger = self.ledger(tenant);
+        let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.lock(&keys::admission_lock(tenant))?;
+        let known = ledger.generation == guard.generation();
+        ledger.generation = guard.generation().wrapping_add(1);
+        guard.set_generation(ledger.generation);
+        match ledger.usage.as_mut().filter(|_| known) {
+            Some(usage) => change(usage),
+            None => ledger.usage = None,
+        }
+        Ok(())
+    }
+
+    fn ledger(&self, tenant: &TenantId) -> Arc<Mutex<Ledger>> {
+        self.ledgers.lock().unwrap_or_else(PoisonError::into_inner).entry(tenant.clone()).or_default().clone()
+    }
+
+    /// Forgets what this process knows of a tenant that is gone.
+    pub(crate) fn forget_tenant(&self, tenant: &TenantId) {
+        self.ledgers.lock().unwrap_or_else(PoisonError::into_inner).remove(tenant);
+    }
+
+    fn usage(&self, tenant: &TenantId, ledger: &mut Ledger, guard: &dyn LockGuard) -> Result<Usage, LifecycleError> {
+        match ledger.usage.take() {
+            Some(usage) if ledger.generation == guard.generation() => Ok(usage),
+            _ => Ok(Usage::of(&self.tenant_instances(tenant, &mut Vec::new())?)),
+        }
+    }
+
+    /// Returns net ids that were given to tenants that are gone.
+    pub fn retired_net_ids(&self) -> Result<std::collections::BTreeSet<TenantNetId>, LifecycleError> {
+        Ok(self.node_doc()?.retired_net_ids.keys().filter_map(|id| u64::from(*id).try_into().ok()).collect())
+    }
+}

@@ -1,0 +1,67 @@
+//! How a pool's image comes to be: the seam to [`crate::image`], and the step that records the result.
+
+use std::path::PathBuf;
+
+use mvm_types::RevisionId;
+
+use super::config::PoolSpec;
+
+/// A built image, ready to boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Its revision.
+    pub revision: RevisionId,
+    /// The uncompressed ELF kernel.
+    pub kernel: PathBuf,
+    /// The initial RAM disk, where it has one.
+    pub initrd: Option<PathBuf>,
+    /// The root file system.
+    pub rootfs: PathBuf,
+}
+
+/// Why an image cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It could not be built.
+    #[error("cannot build the image of {flake_ref}, profile {profile}: {why}")]
+    Build {
+        /// The flake reference.
+        flake_ref: String,
+        /// The profile.
+        profile: String,
+        /// What went wrong and how to mend it.
+        why: String,
+    },
+    /// It is not there, or not what was built.
+    #[error("image {revision} cannot be used: {why}; `mvm pool build` builds it again")]
+    Unusable {
+        /// The revision.
+        revision: RevisionId,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// Where images come from.
+pub trait ImageSource: Send + Sync {
+    /// Builds the image that a declaration asks for, unless it is there; tells of its progress in words.
+    fn ensure(&self, spec: &PoolSpec, progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError>;
+
+    /// Finds a built image and checks that it is whole, as far as sizes tell.
+    fn open(&self, revision: &RevisionId) -> Result<Image, ImageError>;
+}
+
+/// Images that need no building and boot nothing: for the simulation.
+pub struct SimulatedImages;
+
+impl ImageSource for SimulatedImages {
+    fn ensure(&self, spec: &PoolSpec, _progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError> {
+        let hash = blake3::hash(format!("{}\0{}", spec.flake_ref, spec.profile).as_bytes());
+        Ok(RevisionId::from_hash(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes")))
+    }
+
+    fn open(&self, revision: &RevisionId) -> Result<Image, ImageError> {
+        let nowhere = PathBuf::from("/dev/null");
+        Ok(Image { revision: revision.clone(), kernel: nowhere.clone(), initrd: None, rootfs: nowhere })
+    }
+}

@@ -1,0 +1,136 @@
+//! Pools come, change, get their image, and go.
+
+use std::time::{Duration, Instant};
+
+use mvm_types::{PoolAddress, RevisionId, Role, TenantId};
+
+use super::config::{PoolDoc, PoolSpec};
+use crate::audit::Entry;
+use crate::infra::failure::Failure;
+use crate::store::Document;
+use crate::vm::error::{LifecycleError, with_causes};
+use crate::vm::keys;
+use crate::vm::node::Node;
+
+impl Node {
+    /// Writes down a pool of a role, which is fixed for the pool's life.
+    pub fn pool_create(&self, tenant: &TenantId, role: Role, spec: PoolSpec) -> Result<(), LifecycleError> {
+        let pool = PoolAddress::new(tenant.clone(), spec.pool_id.clone());
+        let _tenant = self.lock(&keys::tenant_dir(tenant))?;
+        let quotas = self.tenant(tenant)?.quotas;
+        let _guard = self.lock(&keys::pool_dir(&pool))?;
+        if self.documents().read::<PoolDoc>(&keys::pool_doc(&pool))?.is_some() {
+            return Err(LifecycleError::Exists { kind: "pool", name: pool.to_string() });
+        }
+        quotas.check_pools(tenant, self.pools(tenant)?.len() + 1)?;
+        let doc = PoolDoc {
+            version: PoolDoc::VERSION,
+            tenant_id: tenant.clone(),
+            spec: PoolSpec { role, ..spec },
+            revision: None,
+            config_version: 1,
+            created: self.clock().now(),
+            failure: None,
+        };
+        let result = self.documents().write(&keys::pool_doc(&pool), &doc).map_err(LifecycleError::from);
+        self.audit_pool("create pool", &pool, role, &result, Duration::ZERO)?;
+        result
+    }
+
+    /// Changes a pool's declaration.
+    ///
+    /// # Errors
+    /// When the role would change.
+    pub fn pool_update(&self, pool: &PoolAddress, spec: PoolSpec) -> Result<(), LifecycleError> {
+        let _guard = self.lock(&keys::pool_dir(pool))?;
+        let mut doc = self.pool(pool)?;
+        let role = doc.spec.role;
+        if role != spec.role {
+            let why =
+                format!("a pool's role is fixed for its life, and it is a {role}: create a pool of another name, and destroy this one");
+            return Err(LifecycleError::Refused { what: format!("make {pool} a {}", spec.role), why });
+        }
+        doc.spec = spec;
+        doc.config_version += 1;
+        let result = self.documents().write(&keys::pool_doc(pool), &doc).map_err(LifecycleError::from);
+        self.audit_pool("update pool", pool, role, &result, Duration::ZERO)?;
+        result
+    }
+
+    /// Builds the pool's image, unless it is there, and makes it the one that instances are made from.
+    ///
+    /// On failure the pool keeps the image that it has.
+    pub fn pool_build(&self, pool: &PoolAddress, progress: &dyn Fn(&str)) -> Result<RevisionId, LifecycleError> {
+        let begun = Instant::now();
+        let spec = self.pool(pool)?.spec;
+        // Without the pool's lock: a build takes its time, and nothing else of the pool needs to wait for it.
+        let built = self.images().ensure(&spec, progress).map_err(LifecycleError::from);
+        let _guard = self.lock(&keys::pool_dir(pool))?;
+        let mut doc = self.pool(pool)?;
+        let before = doc.clone();
+        match &built {
+            Ok(revision) => {
+                doc.revision = Some(revision.clone());
+                doc.failure = None;
+            }
+            Err(error) => {
+                let now = self.clock().now();
+                doc.failure = Some(Failure::again(doc.failure.as_ref(), "build image", with_causes(error), &now));
+            }
+        }
+        if doc != before {
+            self.documents().write(&keys::pool_doc(pool), &doc)?;
+        }
+        let outcome = match &built {
+            Ok(_) => Ok(()),
+            Err(error) => Err(LifecycleError::Refused { what: "build image".into(), why: with_causes(error) }),
+        };
+        self.audit_pool("build image", pool, spec.role, &outcome, begun.elapsed())?;
+        built
+    }
+
+    /// Removes a pool that has no instances.
+    pub fn pool_destroy(&self, pool: &PoolAddress) -> Result<(), LifecycleError> {
+        let _tenant = self.lock(&keys::tenant_dir(&pool.tenant))?;
+        let guard = self.lock(&keys::pool_dir(pool))?;
+        let doc = match self.pool(pool) {
+            Ok(doc) => doc,
+            Err(error) => {
+                guard.retire();
+                return Err(error);
+            }
+        };
+        let instances = self.instances(pool)?.len();
+        if instances > 0 {
+            let why = format!("it has {instances} instances");
+            return Err(LifecycleError::Refused { what: format!("destroy pool {pool}"), why });
+        }
+        let gone =
+            self.documents().raw().remove(&keys::pool_doc(pool)).and_then(|()| self.documents().raw().remove_tree(&keys::pool_dir(pool)));
+        let result = gone.map_err(LifecycleError::from);
+        self.audit_pool("destroy pool", pool, doc.spec.role, &result, Duration::ZERO)?;
+        if result.is_ok() {
+            guard.retire();
+        }
+        result
+    }
+
+    fn audit_pool(
+        &self,
+        action: &str,
+        pool: &PoolAddress,
+        role: Role,
+        result: &Result<(), LifecycleError>,
+        took: Duration,
+    ) -> Result<(), LifecycleError> {
+        let entry = Entry {
+            object: pool.to_string(),
+            role: Some(role),
+            action: action.to_owned(),
+            error: result.as_ref().err().map(|error| with_causes(error)),
+            took,
+            ..Entry::default()
+        };
+        Ok(self.audit().record(&pool.tenant, entry)?)
+    }
+}

@@ -1,0 +1,142 @@
+//! Tenants come, change their quotas, and go.
+
+use std::collections::BTreeSet;
+
+use mvm_types::TenantId;
+
+use super::config::{NetworkSpec, Quotas, TenantDoc};
+use crate::audit::Entry;
+use crate::host::HostExpectations;
+use crate::net::Ruleset;
+use crate::store::Document;
+use crate::vm::error::{LifecycleError, with_causes};
+use crate::vm::keys;
+use crate::vm::node::Node;
+
+impl Node {
+    /// Writes down a tenant with its network; refuses one whose network is not its own alone.
+    pub fn tenant_create(&self, tenant: &TenantId, network: NetworkSpec, quotas: Quotas) -> Result<(), LifecycleError> {
+        // One at a time, so that two tenants cannot take the same network.
+        let _network = self.lock(keys::NETWORK_LOCK)?;
+        let _guard = self.lock(&keys::tenant_dir(tenant))?;
+        if self.documents().read::<TenantDoc>(&keys::tenant_doc(tenant))?.is_some() {
+            return Err(LifecycleError::Exists { kind: "tenant", name: tenant.to_string() });
+        }
+        self.check_network(tenant, &network)?;
+        let doc = TenantDoc {
+            version: TenantDoc::VERSION,
+            tenant_id: tenant.clone(),
+            network,
+            quotas,
+            secrets_epoch: 0,
+            created: self.clock().now(),
+        };
+        let result = self.documents().write(&keys::tenant_doc(tenant), &doc).map_err(LifecycleError::from);
+        self.audit_tenant("create tenant", tenant, &result)?;
+        result
+    }
+
+    fn check_network(&self, tenant: &TenantId, network: &NetworkSpec) -> Result<(), LifecycleError> {
+        let invalid = |field: &str, why: String| Err(LifecycleError::Invalid { place: format!("{tenant}: network.{field}"), why });
+        let (net_id, subnet) = (network.tenant_net_id, network.ipv4_subnet);
+        if let Some(former) = self.node_doc()?.retired_net_ids.get(&net_id.get()) {
+            return invalid("tenant_net_id", format!("{net_id} belonged to tenant {former}, which is gone, and is never given again"));
+        }
+        for other in self.tenants()? {
+            let theirs = self.tenant(&other)?.network;
+            if theirs.tenant_net_id == net_id {
+                return invalid("tenant_net_id", format!("{net_id} belongs to tenant {other}"));
+            }
+            if theirs.ipv4_subnet.overlaps(subnet) {
+                return invalid("ipv4_subnet", format!("{subnet} overlaps {} of tenant {other}", theirs.ipv4_subnet));
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes a tenant's quotas; they hold for whatever is begun from then on.
+    pub fn tenant_update(&self, tenant: &TenantId, quotas: Quotas) -> Result<(), LifecycleError> {
+        let _guard = self.lock(&keys::tenant_dir(tenant))?;
+        let mut doc = self.tenant(tenant)?;
+        doc.quotas = quotas;
+        let result = self.documents().write(&keys::tenant_doc(tenant), &doc).map_err(LifecycleError::from);
+        self.audit_tenant("update tenant", tenant, &result)?;
+        result
+    }
+
+    /// Removes a tenant that has no pools, with its network and its secrets; its net id is never given again, its log stays.
+    pub fn tenant_destroy(&self, tenant: &TenantId) -> Result<(), LifecycleError> {
+        let guard = self.lock(&keys::tenant_dir(tenant))?;
+        let doc = match self.tenant(tenant) {
+            Ok(doc) => doc,
+            Err(error) => {
+                guard.retire();
+                return Err(error);
+            }
+        };
+        let pools = self.pools(tenant)?;
+        if !pools.is_empty() {
+            let why = format!("it has pools: {}", pools.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+            return Err(LifecycleError::Refused { what: format!("destroy tenant {tenant}"), why });
+        }
+        let result = self.tenant_end(&doc);
+        self.audit_tenant("destroy tenant", tenant, &result)?;
+        if result.is_ok() {
+            guard.retire();
+            self.lock(&keys::admission_lock(tenant))?.retire();
+            self.forget_tenant(tenant);
+        }
+        result
+    }
+
+    fn tenant_end(&self, doc: &TenantDoc) -> Result<(), LifecycleError> {
+        let tenant = &doc.tenant_id;
+        // First, so that a kill in between cannot lose it.
+        self.update_node_doc(|node| {
+            node.retired_net_ids.insert(doc.network.tenant_net_id.get(), tenant.clone());
+        })?;
+        self.host().remove_tenant_network(&doc.network.network())?;
+        self.documents().raw().remove(&keys::tenant_doc(tenant))?;
+        Ok(self.documents().raw().remove_tree(&keys::tenant_dir(tenant))?)
+    }
+
+    /// Makes bridges and packet filter rules what the documents say, and removes what is left of tenants that are gone.
+    pub fn apply_network(&self) -> Result<(), LifecycleError> {
+        let _network = self.lock(keys::NETWORK_LOCK)?;
+        let mut ruleset = Ruleset::default();
+        let mut bridges = BTreeSet::new();
+        let mut instances = BTreeSet::new();
+        let observed = self.host().observe_network()?;
+        for tenant in self.tenants()? {
+            let doc = match self.tenant(&tenant) {
+                Ok(doc) => doc,
+                // Removed since it was listed, or quarantined: it has no network then.
+                Err(LifecycleError::NotFound { .. } | LifecycleError::Document(_)) => continue,
+                Err(error) => return Err(error),
+            };
+            let network = doc.network.network();
+            let docs = self.tenant_instances(&tenant, &mut Vec::new())?;
+            bridges.insert(network.bridge());
+            instances.extend(docs.iter().map(|doc| doc.instance_id.clone()));
+            if !observed.bridges.contains(&network.bridge()) {
+                self.host().ensure_tenant_network(&network)?;
+            }
+            ruleset.tenants.push((network, docs.iter().map(|doc| doc.network(&network)).collect()));
+        }
+        if ruleset.tenants.is_empty() {
+            self.host().remove_ruleset()?;
+        } else {
+            self.host().apply_ruleset(&ruleset)?;
+        }
+        for what in self.host().sweep(&HostExpectations { bridges, instances })? {
+            tracing::warn!(what, "removed what nothing declares");
+        }
+        Ok(())
+    }
+
+    pub(crate) fn audit_tenant(&self, action: &str, tenant: &TenantId, result: &Result<(), LifecycleError>) -> Result<(), LifecycleError> {
+        let error = result.as_ref().err().map(|error| with_causes(error));
+        let entry = Entry { object: tenant.to_string(), action: action.to_owned(), error, ..Entry::default() };
+        Ok(self.audit().record(tenant, entry)?)
+    }
+}
