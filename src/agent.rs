@@ -1,6 +1,8 @@
 //! The node agent: observe, plan, execute.
 
 pub mod desired;
+pub mod execute;
 pub mod observe;
 pub mod order;
 pub mod plan;
+pub mod reconciler;

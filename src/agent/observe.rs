@@ -2,11 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mvm_types::{NodeId, PoolId, TenantId};
+use mvm_types::{InstanceAddress, NodeId, PoolAddress, PoolId, TenantId};
 
 use crate::host::ObservedNetwork;
 use crate::net::{Ruleset, TenantNetId};
+use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::instance::InstanceDoc;
+use crate::vm::keys;
+use crate::vm::node::Node;
 use crate::vm::pool::PoolDoc;
 use crate::vm::tenant::TenantDoc;
 use crate::vmm::Liveness;
@@ -69,6 +72,11 @@ pub struct ObservedInstance {
 }
 
 impl ObservedInstance {
+    /// The key that sorts instances by age, oldest first.
+    pub fn age(&self) -> (i64, &str) {
+        (self.doc.created.wall_ms, self.doc.instance_id.as_str())
+    }
+
     /// Tells whether the document and the world disagree: a change of state was cut off, or the virtual machine died.
     pub fn needs_recovery(&self) -> bool {
         self.doc.transition.is_some() || (self.doc.state.vm().is_some() && self.liveness == Liveness::Gone)
@@ -90,4 +98,70 @@ impl Observed {
     pub fn ruleset_hash(&self) -> Option<String> {
         self.ruleset().fingerprint().ok()
     }
+}
+
+/// Looks at everything. Spawns no process and writes nothing, unless a torn document has to be moved aside.
+///
+/// # Errors
+/// When the state directory or the host cannot be read at all. One document that cannot be read is a problem, and the others go on.
+pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
+    let mut problems = Vec::new();
+    let mut tenants = BTreeMap::new();
+    for id in node.tenants()? {
+        match node.documents().read::<TenantDoc>(&keys::tenant_doc(&id)) {
+            Ok(Some(doc)) => {
+                let pools = observe_pools(node, &id, &mut problems)?;
+                tenants.insert(id, ObservedTenant { doc, pools });
+            }
+            // A directory without a document: a tenant that was never finished, or whose end was cut off.
+            Ok(None) => {}
+            Err(error) => problems.push(with_causes(&error)),
+        }
+    }
+    Ok(Observed {
+        node: node.id.clone(),
+        capacity_mib: node.host().guest_memory_mib()?,
+        retired_net_ids: node.retired_net_ids()?,
+        tenants,
+        network: node.host().observe_network()?,
+        problems,
+    })
+}
+
+fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> Result<BTreeMap<PoolId, ObservedPool>, LifecycleError> {
+    let mut pools = BTreeMap::new();
+    for id in node.pools(tenant)? {
+        let pool = PoolAddress::new(tenant.clone(), id.clone());
+        let doc = match node.documents().read::<PoolDoc>(&keys::pool_doc(&pool)) {
+            Ok(Some(doc)) => doc,
+            Ok(None) => continue,
+            Err(error) => {
+                problems.push(with_causes(&error));
+                continue;
+            }
+        };
+        let image = match &doc.revision {
+            Some(revision) if node.images().open(revision).is_ok() => ImagePresence::Present,
+            _ => ImagePresence::Missing,
+        };
+        let mut instances = Vec::new();
+        for id in node.instances(&pool)? {
+            let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
+            match node.documents().read::<InstanceDoc>(&keys::instance_doc(&at)) {
+                Ok(Some(doc)) => instances.push(observe_instance(node, &at, doc)?),
+                Ok(None) => {}
+                Err(error) => problems.push(with_causes(&error)),
+            }
+        }
+        instances.sort_by(|a, b| a.age().cmp(&b.age()));
+        pools.insert(id, ObservedPool { doc, image, instances });
+    }
+    Ok(pools)
+}
+
+fn observe_instance(node: &Node, at: &InstanceAddress, doc: InstanceDoc) -> Result<ObservedInstance, LifecycleError> {
+    let liveness = doc.state.vm().map_or(Liveness::Gone, |vm| node.vmm().liveness(vm));
+    // Only who is amid a change holds the lock for long.
+    let busy = doc.transition.is_some() && node.documents().raw().is_locked(&keys::instance_dir(at))?;
+    Ok(ObservedInstance { doc, liveness, busy })
 }

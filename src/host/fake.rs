@@ -228,6 +228,10 @@ impl Host for FakeHost {
         })
     }
 
+    fn guest_memory_mib(&self) -> Result<u64, HostError> {
+        Ok(1 << 30)
+    }
+
     fn facts(&self) -> Result<HostFacts, HostError> {
         let simulated = || Ability::Yes("simulated".into());
         self.look(|state| HostFacts {

@@ -132,6 +132,13 @@ impl Host for LocalHost {
         verify::verify(self, ruleset)
     }
 
+    fn guest_memory_mib(&self) -> Result<u64, HostError> {
+        let info = rustix::system::sysinfo();
+        let total_mib = info.totalram as u64 * u64::from(info.mem_unit) / (1024 * 1024);
+        // A sixteenth, and at least 256 MiB, for the host itself and for the VMMs' own memory.
+        Ok(total_mib.saturating_sub((total_mib / 16).max(256)))
+    }
+
     fn facts(&self) -> Result<HostFacts, HostError> {
         Ok(facts::gather(&self.state()?, &self.run()?)?)
     }

@@ -104,6 +104,9 @@ pub trait Host: Send + Sync {
     /// Checks from the host's side that bridges, ports and rules are as the state says, without spawning a process.
     fn verify_network(&self, ruleset: &Ruleset) -> Result<Vec<NetworkCheck>, HostError>;
 
+    /// Returns the memory that guests may have altogether, in MiB: what the host has, less a share for itself.
+    fn guest_memory_mib(&self) -> Result<u64, HostError>;
+
     /// Gathers what this host is and can do.
     fn facts(&self) -> Result<HostFacts, HostError>;
 

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::agent::observe::ObservedInstance;
-use crate::vm::instance::{StateName, Verb};
+use crate::vm::instance::{SNAPSHOT_REFUSED, StateName, Verb};
 use crate::vm::pool::DesiredCounts;
 
 /// What happens to one instance, or to one that is yet to be made.
@@ -78,7 +78,11 @@ pub(super) fn assign<'a>(
         rebuild.then_some(Verb::Rebuild).into_iter().chain([Verb::Start]).chain(then.iter().copied()).collect()
     };
     let from_sleep = |instance: &'a ObservedInstance, then: &[Verb]| -> Vec<Verb> {
-        if outdated(instance) {
+        let refused = instance.doc.failure.as_ref().is_some_and(|failure| failure.step == SNAPSHOT_REFUSED);
+        if refused && !outdated(instance) {
+            // Loudly booted afresh rather than never again.
+            [Verb::Stop, Verb::Start].into_iter().chain(then.iter().copied()).collect()
+        } else if outdated(instance) {
             [Verb::Stop, Verb::Rebuild, Verb::Start].into_iter().chain(then.iter().copied()).collect()
         } else {
             [Verb::Wake].into_iter().chain(then.iter().copied()).collect()
@@ -123,7 +127,7 @@ pub(super) fn assign<'a>(
 
     // More than wanted altogether: the newest go.
     let mut surplus: Vec<&'a ObservedInstance> = running.into_iter().chain(warm).chain(sleeping).chain(idle).collect();
-    surplus.sort_by(|a, b| age(b).cmp(&age(a)));
+    surplus.sort_by(|a, b| b.age().cmp(&a.age()));
     for instance in surplus {
         result.down.push(Chain { instance: Some(instance), verbs: destroy_verbs(instance), goal: StateName::Destroyed });
     }
@@ -136,9 +140,4 @@ pub(super) fn destroy_verbs(instance: &ObservedInstance) -> Vec<Verb> {
         StateName::Running | StateName::Warm => vec![Verb::Stop, Verb::Destroy],
         _ => vec![Verb::Destroy],
     }
-}
-
-/// The key that sorts instances by age, oldest first.
-pub(super) fn age(instance: &ObservedInstance) -> (i64, &str) {
-    (instance.doc.created.wall_ms, instance.doc.instance_id.as_str())
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use mvm_types::{PoolAddress, PoolId, TenantId};
 
-use super::assign::{Assignment, Chain, age, assign, destroy_verbs};
+use super::assign::{Assignment, Chain, assign, destroy_verbs};
 use super::room::Ask;
 use super::{Action, Edge, Planner, Retry, Target, follows, needs};
 use crate::agent::desired::DesiredTenant;
@@ -389,7 +389,7 @@ impl Planner<'_> {
             let tenant = &pool.doc.tenant_id;
             let before: Vec<Edge> = ends.iter().copied().map(needs).collect();
             let mut newest_first: Vec<&ObservedInstance> = pool.instances.iter().collect();
-            newest_first.sort_by(|a, b| age(b).cmp(&age(a)));
+            newest_first.sort_by(|a, b| b.age().cmp(&a.age()));
             let mut gone = Vec::new();
             for one in newest_first {
                 let verbs = if one.needs_recovery() { vec![Verb::Destroy] } else { destroy_verbs(one) };

@@ -2,7 +2,9 @@
 
 mod config;
 mod lifecycle;
+mod sealing;
 mod secrets;
 
 pub use config::{NetworkSpec, Quotas, TenantDoc};
+pub use sealing::NodeSealer;
 pub use secrets::{MAX_SECRET, MAX_SECRETS, SealedSecret, SecretChange, SecretsDoc, unsealed};

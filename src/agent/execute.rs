@@ -1,0 +1,282 @@
+//! Carries out a plan: one match over [`Action`], as many steps at a time as their edges allow.
+//!
+//! A step that fails holds back what needs it and nothing else. Steps are idempotent: what has become true meanwhile is done.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use mvm_types::{InstanceAddress, PoolAddress};
+
+use crate::agent::plan::{Action, Need, Plan, Step, Target};
+use crate::vm::error::{LifecycleError, with_causes};
+use crate::vm::instance::{StateName, StopMode, Verb};
+use crate::vm::node::Node;
+use crate::vmm::Liveness;
+
+/// How a plan is carried out.
+pub struct ExecuteOptions<'a> {
+    /// How many steps run at the same time, at least 1.
+    pub parallel: usize,
+    /// Told of every visible step as it begins and ends.
+    pub progress: &'a (dyn Fn(Progress<'_>) + Sync),
+    /// Once true, no further step begins.
+    pub cancel: &'a AtomicBool,
+}
+
+/// What happens while a plan is carried out.
+#[derive(Debug, Clone, Copy)]
+pub enum Progress<'a> {
+    /// A step begins.
+    Begun {
+        /// The step.
+        step: &'a Step,
+        /// The instance that it turned out to be, for one that the plan made.
+        object: &'a str,
+    },
+    /// A step tells how far it is.
+    Note {
+        /// The step.
+        step: &'a Step,
+        /// In words.
+        text: &'a str,
+    },
+    /// A step is over.
+    Over {
+        /// The step.
+        step: &'a Step,
+        /// What became of it.
+        outcome: &'a Outcome,
+    },
+}
+
+/// What became of one step.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The object, with the id that a new instance got.
+    pub object: String,
+    /// How it ended.
+    pub end: End,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// How a step ended.
+#[derive(Debug)]
+pub enum End {
+    /// It went well.
+    Done,
+    /// It failed.
+    Failed {
+        /// The error with its causes.
+        error: String,
+        /// Whether trying again can help.
+        retry: bool,
+    },
+    /// Something that it needs failed.
+    Held {
+        /// What that was.
+        by: String,
+    },
+    /// The pass was interrupted before it.
+    Cancelled,
+}
+
+impl Outcome {
+    /// Tells whether the step went well.
+    pub fn is_done(&self) -> bool {
+        matches!(self.end, End::Done)
+    }
+}
+
+struct Board<'p> {
+    plan: &'p Plan,
+    /// For each step, how many of its edges are still open.
+    open: Vec<usize>,
+    /// For each step, why it cannot be done.
+    held: Vec<Option<String>>,
+    outcomes: Vec<Option<Outcome>>,
+    ready: std::collections::VecDeque<usize>,
+    left: usize,
+}
+
+/// Carries out a plan and returns what became of every step, in the plan's order.
+pub fn execute(node: &Node, plan: &Plan, options: &ExecuteOptions<'_>) -> Vec<Outcome> {
+    let count = plan.steps.len();
+    let mut followers: Vec<Vec<(usize, Need)>> = vec![Vec::new(); count];
+    for (index, step) in plan.steps.iter().enumerate() {
+        for edge in &step.after {
+            followers[edge.step].push((index, edge.need));
+        }
+    }
+    let board = Mutex::new(Board {
+        plan,
+        open: plan.steps.iter().map(|step| step.after.len()).collect(),
+        held: vec![None; count],
+        outcomes: (0..count).map(|_| None).collect(),
+        ready: plan.steps.iter().enumerate().filter(|(_, step)| step.after.is_empty()).map(|(index, _)| index).collect(),
+        left: count,
+    });
+    let changed = Condvar::new();
+    let runner = Runner { node, options, made: Mutex::default() };
+    let work = || {
+        let mut state = lock(&board);
+        while state.left > 0 {
+            let Some(index) = state.ready.pop_front() else {
+                state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let held = state.held[index].clone();
+            drop(state);
+            let step = &plan.steps[index];
+            let outcome = runner.run(step, held);
+            if step.action.is_visible() {
+                (options.progress)(Progress::Over { step, outcome: &outcome });
+            }
+            state = lock(&board);
+            state.finish(index, outcome, &followers[index]);
+            changed.notify_all();
+        }
+    };
+    std::thread::scope(|scope| {
+        // One of them is this thread.
+        for _ in 1..options.parallel.min(count) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let outcomes = std::mem::take(&mut lock(&board).outcomes);
+    outcomes.into_iter().map(|outcome| outcome.expect("every step has an outcome when none is left")).collect()
+}
+
+fn lock<'a, 'p>(board: &'a Mutex<Board<'p>>) -> MutexGuard<'a, Board<'p>> {
+    board.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Board<'_> {
+    fn finish(&mut self, index: usize, outcome: Outcome, followers: &[(usize, Need)]) {
+        let why = match &outcome.end {
+            End::Done => None,
+            End::Failed { .. } | End::Cancelled => {
+                Some(format!("{} {}", self.plan.steps[index].action.verb(), outcome.object).trim().to_owned())
+            }
+            End::Held { by } => Some(by.clone()),
+        };
+        for (follower, need) in followers {
+            if *need == Need::Success && self.held[*follower].is_none() {
+                self.held[*follower].clone_from(&why);
+            }
+            self.open[*follower] -= 1;
+            if self.open[*follower] == 0 {
+                self.ready.push_back(*follower);
+            }
+        }
+        self.outcomes[index] = Some(outcome);
+        self.left -= 1;
+    }
+}
+
+struct Runner<'a> {
+    node: &'a Node,
+    options: &'a ExecuteOptions<'a>,
+    /// The instances that the plan made, by pool and ordinal.
+    made: Mutex<HashMap<(PoolAddress, u32), InstanceAddress>>,
+}
+
+impl Runner<'_> {
+    fn run(&self, step: &Step, held: Option<String>) -> Outcome {
+        let object = match &step.action {
+            Action::Change { target, .. } => self.resolve(target).map_or_else(|| target.to_string(), |at| at.to_string()),
+            action => action.object(),
+        };
+        if self.options.cancel.load(Ordering::SeqCst) {
+            return Outcome { object, end: End::Cancelled, took: Duration::ZERO };
+        }
+        if let Some(by) = held {
+            return Outcome { object, end: End::Held { by }, took: Duration::ZERO };
+        }
+        if step.action.is_visible() {
+            (self.options.progress)(Progress::Begun { step, object: &object });
+        }
+        let begun = Instant::now();
+        let end = match self.act(step) {
+            Ok(()) => End::Done,
+            Err(error) => End::Failed { error: with_causes(&error), retry: error.retry_can_help() },
+        };
+        Outcome { object, end, took: begun.elapsed() }
+    }
+
+    fn resolve(&self, target: &Target) -> Option<InstanceAddress> {
+        match target {
+            Target::Existing(at) => Some(at.clone()),
+            Target::New { pool, ordinal } => {
+                self.made.lock().unwrap_or_else(PoisonError::into_inner).get(&(pool.clone(), *ordinal)).cloned()
+            }
+        }
+    }
+
+    fn act(&self, step: &Step) -> Result<(), LifecycleError> {
+        let node = self.node;
+        match &step.action {
+            Action::CreateTenant { tenant, network, quotas } => node.tenant_create(tenant, network.clone(), quotas.clone()),
+            Action::UpdateTenant { tenant, quotas } => node.tenant_update(tenant, quotas.clone()),
+            Action::CreatePool { pool, spec } => node.pool_create(&pool.tenant, spec.role, (**spec).clone()),
+            Action::UpdatePool { pool, spec } => node.pool_update(pool, (**spec).clone()),
+            Action::BuildImage { pool } => {
+                let note = |text: &str| (self.options.progress)(Progress::Note { step, text });
+                node.pool_build(pool, &note).map(|_| ())
+            }
+            Action::Recover { at } => node.recover(at).map(|_| ()),
+            Action::CreateInstances { pool, count } => {
+                let made = node.instances_create(pool, *count)?;
+                let numbered = (0..).zip(made).map(|(ordinal, at)| ((pool.clone(), ordinal), at));
+                self.made.lock().unwrap_or_else(PoisonError::into_inner).extend(numbered);
+                Ok(())
+            }
+            Action::ApplyNetwork => node.apply_network(),
+            Action::Change { verb, target, goal } => self.change(*verb, target, *goal),
+            Action::Gate { pool, wanted } => self.gate(pool, *wanted),
+            Action::Barrier => Ok(()),
+            Action::DestroyPool { pool } => node.pool_destroy(pool),
+            Action::DestroyTenant { tenant } => node.tenant_destroy(tenant),
+        }
+    }
+
+    fn change(&self, verb: Verb, target: &Target, goal: StateName) -> Result<(), LifecycleError> {
+        let node = self.node;
+        let at = self.resolve(target).ok_or_else(|| LifecycleError::Refused {
+            what: format!("{verb} {target}"),
+            why: "it was not made".to_owned(),
+        })?;
+        let result = match verb {
+            Verb::Start => node.start(&at, goal),
+            Verb::Warm => node.warm(&at),
+            Verb::Resume => node.resume(&at),
+            Verb::Sleep => node.sleep(&at),
+            Verb::Wake => node.wake(&at, goal),
+            Verb::Stop => node.stop(&at, StopMode::Graceful),
+            Verb::Rebuild => node.rebuild(&at),
+            Verb::Destroy => node.destroy(&at),
+        };
+        match result {
+            // Somebody was quicker.
+            Err(LifecycleError::Illegal(illegal)) if illegal.from == verb.target() => Ok(()),
+            Err(LifecycleError::NotFound { .. }) if verb == Verb::Destroy => Ok(()),
+            other => other,
+        }
+    }
+
+    fn gate(&self, pool: &PoolAddress, wanted: u32) -> Result<(), LifecycleError> {
+        let mut ready = 0;
+        for id in self.node.instances(pool)? {
+            let doc = self.node.instance(&InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id))?;
+            let runs = doc.state.name() == StateName::Running && doc.transition.is_none();
+            ready += u32::from(runs && doc.state.vm().is_some_and(|vm| self.node.vmm().liveness(vm) == Liveness::Alive));
+        }
+        if ready >= wanted {
+            return Ok(());
+        }
+        Err(LifecycleError::Refused { what: format!("open the gate of {pool}"), why: format!("it has {ready} of {wanted} ready") })
+    }
+}

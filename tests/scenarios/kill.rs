@@ -1,0 +1,72 @@
+//! mvm is killed at every store write and every effect on host and machines; the next one finishes or undoes what was begun.
+
+use mvm::agent::desired::DesiredState;
+use mvm::infra::kill_switch::KillSwitch;
+
+use crate::world::{World, apply_on, fleet, nothing};
+
+/// Brings a fleet from one declaration to another, killed at each effect in turn; then another process applies the same.
+fn killed_everywhere(from: Option<&DesiredState>, to: &DesiredState) {
+    let prepare = || {
+        let world = World::new();
+        if let Some(from) = from {
+            world.ready(from);
+        }
+        world
+    };
+    let count = {
+        let world = prepare();
+        let switch = KillSwitch::never();
+        let node = world.process(&switch).unwrap();
+        apply_on(&node, to, 1).unwrap();
+        switch.count()
+    };
+    assert!(count > 10, "only {count} effects");
+    for n in 0..count {
+        let world = prepare();
+        if let Ok(node) = world.process(&KillSwitch::at(n)) {
+            // Whatever it says: it is dead.
+            let _ = apply_on(&node, to, 1);
+        }
+        assert_eq!(world.vmm.doubles(), Vec::<String>::new(), "killed at {n} of {count}");
+        let applied = world.apply(to);
+        assert_eq!(applied.as_ref().ok(), Some(&mvm::agent::reconciler::Applied::Ready), "killed at {n} of {count}: {applied:#?}");
+        world.check();
+        assert!(world.plan(to).is_settled(), "killed at {n} of {count}");
+        world.ready(&nothing());
+    }
+}
+
+#[test]
+fn while_a_fleet_is_created_and_started() {
+    killed_everywhere(None, &fleet("running = 1", "running = 2"));
+}
+
+#[test]
+fn while_instances_are_put_to_sleep() {
+    killed_everywhere(Some(&fleet("running = 1", "running = 2")), &fleet("running = 1", "sleeping = 2"));
+}
+
+#[test]
+fn while_instances_are_woken() {
+    killed_everywhere(Some(&fleet("running = 1", "sleeping = 2")), &fleet("running = 1", "running = 2"));
+}
+
+#[test]
+fn while_instances_are_warmed_and_resumed() {
+    killed_everywhere(Some(&fleet("running = 1", "running = 2")), &fleet("running = 1", "warm = 2"));
+    killed_everywhere(Some(&fleet("running = 1", "warm = 2")), &fleet("running = 1", "running = 2"));
+    killed_everywhere(Some(&fleet("running = 1", "warm = 2")), &fleet("running = 1", "sleeping = 2"));
+}
+
+#[test]
+fn while_instances_are_replaced() {
+    let mut bigger = fleet("running = 1", "running = 2, sleeping = 1");
+    bigger.tenants[0].pools[1].instance_resources.mem_mib = 256;
+    killed_everywhere(Some(&fleet("running = 1", "running = 2, sleeping = 1")), &bigger);
+}
+
+#[test]
+fn while_everything_is_destroyed() {
+    killed_everywhere(Some(&fleet("running = 1", "running = 1, warm = 1, sleeping = 1")), &nothing());
+}

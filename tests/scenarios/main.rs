@@ -1,0 +1,7 @@
+//! Whole fleets on the simulated monitor: no process, no root, no waiting.
+
+mod fleet;
+mod kill;
+mod order;
+mod scale;
+mod world;

@@ -1,0 +1,208 @@
+//! A node made of fakes, and what must always be true of it.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mvm::agent::desired::{DesiredState, Format, parse};
+use mvm::agent::execute::{ExecuteOptions, Progress};
+use mvm::agent::observe::{Observed, observe};
+use mvm::agent::plan::{Plan, Retry};
+use mvm::agent::reconciler::{self, Applied, ApplyOptions, ReconcileError, Report};
+use mvm::audit::Audit;
+use mvm::host::FakeHost;
+use mvm::infra::clock::ManualClock;
+use mvm::infra::kill_switch::KillSwitch;
+use mvm::infra::paths::Paths;
+use mvm::store::{Documents, MemoryStore, Wait};
+use mvm::vm::instance::StateName;
+use mvm::vm::node::{Node, Seams, Sealer, VmmUids};
+use mvm::vm::pool::SimulatedImages;
+use mvm::vmm::simulated::{Rule, Script, SimulatedStep, SimulatedVmm};
+use mvm_types::TenantId;
+use zeroize::Zeroizing;
+
+/// A host with a state directory, all in memory.
+pub struct World {
+    pub store: MemoryStore,
+    pub host: FakeHost,
+    pub vmm: SimulatedVmm,
+    pub clock: Arc<ManualClock>,
+    ids: Arc<AtomicU32>,
+}
+
+struct Open;
+
+impl Sealer for Open {
+    fn seal(&self, _: &TenantId, _: &str, _: u64, secret: &[u8]) -> Result<Vec<u8>, String> {
+        Ok(secret.to_vec())
+    }
+    fn unseal(&self, _: &TenantId, _: &str, _: u64, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
+        Ok(Zeroizing::new(sealed.to_vec()))
+    }
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self::scripted(&[])
+    }
+
+    pub fn scripted(rules: &[Rule]) -> Self {
+        Self {
+            store: MemoryStore::new(),
+            host: FakeHost::recording(),
+            vmm: SimulatedVmm::new(Script { rules: rules.to_vec() }),
+            clock: Arc::new(ManualClock::new()),
+            ids: Arc::new(AtomicU32::new(1)),
+        }
+    }
+
+    /// Starts a process of mvm that dies at an effect.
+    pub fn process(&self, switch: &Arc<KillSwitch>) -> Result<Node, mvm::vm::error::LifecycleError> {
+        let store = Arc::new(self.store.next_process(switch.clone()));
+        let vmm = self.vmm.next_process(switch.clone());
+        let ids = self.ids.clone();
+        let seams = Seams {
+            documents: Documents::new(store.clone()),
+            host: Arc::new(self.host.next_process(switch.clone())),
+            vmm: Arc::new(vmm.clone()),
+            guests: Arc::new(vmm),
+            images: Arc::new(SimulatedImages),
+            clock: self.clock.clone(),
+            random: Box::new(move |bytes| {
+                let n = ids.fetch_add(1, Ordering::SeqCst).to_be_bytes();
+                bytes.iter_mut().zip(n.iter().cycle()).for_each(|(byte, n)| *byte = *n);
+            }),
+            sealer: Arc::new(Open),
+            audit: Audit::new(store, self.clock.clone(), "test".into()),
+        };
+        Node::open(Paths::new(PathBuf::from("/nonexistent/mvm"), None), seams, VmmUids::PerInstance)
+    }
+
+    pub fn node(&self) -> Node {
+        self.process(&KillSwitch::never()).unwrap()
+    }
+
+    pub fn apply(&self, desired: &DesiredState) -> Result<Applied, ReconcileError> {
+        apply_on(&self.node(), desired, 4)
+    }
+
+    /// Applies, and expects everything to be as declared.
+    pub fn ready(&self, desired: &DesiredState) {
+        let applied = self.apply(desired).unwrap();
+        assert_eq!(applied, Applied::Ready, "{applied:#?}");
+        self.check();
+    }
+
+    pub fn pass(&self, desired: &DesiredState) -> Report {
+        let cancel = AtomicBool::new(false);
+        let options = ExecuteOptions { parallel: 4, progress: &|_: Progress<'_>| {}, cancel: &cancel };
+        reconciler::pass(&self.node(), desired, Retry::WhenDue, Wait::No, &options).unwrap()
+    }
+
+    pub fn plan(&self, desired: &DesiredState) -> Plan {
+        reconciler::look(&self.node(), desired, Retry::WhenDue).unwrap().1
+    }
+
+    pub fn observe(&self) -> Observed {
+        observe(&self.node()).unwrap()
+    }
+
+    pub fn advance(&self, seconds: u64) {
+        self.clock.advance(Duration::from_secs(seconds));
+    }
+
+    /// How many instances of a pool are in a state.
+    pub fn count(&self, pool: &str, state: StateName) -> usize {
+        let observed = self.observe();
+        let (tenant, pool) = pool.split_once('/').unwrap();
+        let pool = observed.tenants.get(tenant).and_then(|tenant| tenant.pools.get(pool));
+        pool.map_or(0, |pool| pool.instances.iter().filter(|one| one.doc.state.name() == state).count())
+    }
+
+    pub fn states(&self, pool: &str) -> [usize; 3] {
+        [StateName::Running, StateName::Warm, StateName::Sleeping].map(|state| self.count(pool, state))
+    }
+
+    /// What must be true whenever no process of mvm is at work: documents, machines and host agree, and nothing is left over.
+    pub fn check(&self) {
+        assert_eq!(self.vmm.doubles(), Vec::<String>::new(), "two machines for one instance");
+        let observed = self.observe();
+        let host = self.host.state();
+        let machines = self.vmm.machines();
+        let instances: Vec<_> = observed.tenants.values().flat_map(|t| t.pools.values()).flat_map(|p| &p.instances).collect();
+        let with_machine: BTreeSet<String> =
+            instances.iter().filter(|one| one.doc.state.vm().is_some()).map(|one| one.doc.at().to_string()).collect();
+        assert_eq!(machines.keys().cloned().collect::<BTreeSet<_>>(), with_machine, "machines and documents");
+        for one in &instances {
+            assert_eq!(one.doc.transition, None, "{}", one.doc.at());
+            let paused = machines.get(&one.doc.at().to_string());
+            assert_eq!(paused.copied(), one.doc.state.vm().map(|_| one.doc.state.name() == StateName::Warm), "{}", one.doc.at());
+        }
+        let expected: BTreeSet<_> = instances.iter().filter(|one| one.doc.state.vm().is_some()).map(|one| one.doc.instance_id.clone()).collect();
+        assert_eq!(host.run_dirs, expected, "run directories");
+        assert_eq!(host.drives, expected, "in-memory drives");
+        let bridges: BTreeSet<_> = observed.tenants.values().map(|tenant| tenant.doc.network.network().bridge()).collect();
+        assert_eq!(host.bridges.keys().cloned().collect::<BTreeSet<_>>(), bridges, "bridges");
+        let disks: BTreeSet<_> = instances.iter().map(|one| one.doc.at()).collect();
+        assert!(host.data_disks.keys().all(|at| disks.contains(at)), "data disks of instances that are gone");
+        if observed.tenants.is_empty() {
+            assert_eq!(host.leftovers(), Vec::<String>::new());
+            let documents: Vec<_> = self.store.snapshot().into_keys().filter(|key| key.starts_with("tenants/")).collect();
+            assert_eq!(documents, Vec::<String>::new());
+        }
+    }
+}
+
+pub fn apply_on(node: &Node, desired: &DesiredState, parallel: usize) -> Result<Applied, ReconcileError> {
+    let cancel = AtomicBool::new(false);
+    let options =
+        ApplyOptions { deadline: Instant::now() + Duration::from_secs(60), parallel, progress: &|_: Progress<'_>| {}, cancel: &cancel };
+    reconciler::apply(node, desired, &options)
+}
+
+pub fn rule(step: SimulatedStep, object: &str, fail: &str, times: u32) -> Rule {
+    Rule { step, object: object.into(), delay_ms: 0, fail: Some(fail.into()), times: Some(times) }
+}
+
+pub fn toml(text: &str) -> DesiredState {
+    parse(text, Format::Toml).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A tenant with a gateway and workers.
+pub fn fleet(gateways: &str, workers: &str) -> DesiredState {
+    toml(&format!(
+        r#"
+        schema_version = 1
+        prune_unknown_tenants = true
+        prune_unknown_pools = true
+        [[tenants]]
+        tenant_id = "acme"
+        network = {{ tenant_net_id = 7, ipv4_subnet = "10.240.7.0/24" }}
+        [[tenants.pools]]
+        pool_id = "gw"
+        role = "gateway"
+        desired_counts = {{ {gateways} }}
+        runtime_policy = {{ min_running_seconds = 0, min_warm_seconds = 0 }}
+        [[tenants.pools]]
+        pool_id = "web"
+        desired_counts = {{ {workers} }}
+        instance_resources = {{ vcpus = 1, mem_mib = 128, data_disk_mib = 16 }}
+        runtime_policy = {{ min_running_seconds = 0, min_warm_seconds = 0 }}
+        "#
+    ))
+}
+
+pub fn nothing() -> DesiredState {
+    DesiredState { prune_unknown_tenants: true, ..DesiredState::empty() }
+}
+
+/// The actions of the log in order, as `verb object`.
+pub fn log(world: &World, tenant: &str) -> Vec<String> {
+    let node = world.node();
+    let events = node.audit().events(&tenant.parse().unwrap()).unwrap();
+    events.into_iter().map(|event| format!("{} {}{}", event.action, event.object, if event.result == "ok" { "" } else { " FAILED" })).collect()
+}
+
