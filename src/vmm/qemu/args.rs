@@ -96,8 +96,6 @@ pub(super) fn render(line: &CommandLine<'_>) -> Vec<String> {
     );
     // The device state of xen-save-devices-state lacks the section that names the machine type.
     args.option("-global", "migration.send-configuration=off");
-    // Virtio 1, not the legacy interface.
-    args.option("-global", "virtio-mmio.force-legacy=false");
 
     if let Some(qmp) = line.qmp {
         args.option("-chardev", format!("socket,id=qmp,fd={qmp},server=on,wait=off"));

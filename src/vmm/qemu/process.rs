@@ -211,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_marker_is_the_whole_name() {
-        let line = b"qemu\0-name\0guest=mvm:n/t/p/i-1\0-m\0128M\0";
+        let line = b"qemu\0-name\0guest=mvm:n/t/p/i-1\0-m\x00128M\0";
         assert!(carries_marker(line, "mvm:n/t/p/i-1"));
         assert!(!carries_marker(line, "mvm:n/t/p/i-"));
         assert!(!carries_marker(line, "mvm:n/t/p/i-11"));
