@@ -1,7 +1,8 @@
 //! The QEMU driver with real microVMs: boot, pause, resume, snapshot, restore, kill, strays.
 //!
 //! Needs root, `qemu-system-x86_64`, a static busybox at `/bin/busybox`, and a kernel: `MVM_TEST_KERNEL` names an uncompressed
-//! `vmlinux`, `MVM_TEST_MODULES` the `kernel` directory of its modules where virtio is not built in. No network.
+//! `vmlinux`, `MVM_TEST_MODULES` the `kernel` directory of its modules where virtio is not built in. The
+//! test of the network makes a namespace of its own.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use mvm::infra::process::ProcessIdentity;
 use mvm::vmm::qemu::{AccelerationChoice, KvmVerdict, Qemu, QemuOptions, agent_socket};
-use mvm::vmm::{Drive, DriveAccess, Liveness, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError};
+use mvm::vmm::{Drive, DriveAccess, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError};
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
 
 const UID: u32 = 0x7000_0000 + 7 * 65536 + 3;
@@ -42,6 +43,9 @@ while :; do
       sum*) said=" $($b sha256sum </fill)" ;;
       write*) echo "$line" | $b dd of=/dev/vdb conv=fsync 2>/dev/null ;;
       panic*) echo c > /proc/sysrq-trigger ;;
+      mac*) said=" $($b cat /sys/class/net/eth0/address)" ;;
+      ping*) $b ip link set eth0 up; $b ip addr add 10.9.0.3/24 dev eth0 2>/dev/null
+        $b ping -c 1 -W 5 10.9.0.1 >/dev/null && said=" answered" ;;
       end*) $b poweroff -f ;;
     esac
     echo "$n $line$said" >&3
@@ -52,11 +56,14 @@ done
 "#;
 
 /// The modules of Debian's cloud kernel, in the order in which they can be loaded.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 9] = [
     "drivers/virtio/virtio_ring.ko",
     "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_mmio.ko",
     "drivers/block/virtio_blk.ko",
+    "net/core/failover.ko",
+    "drivers/net/net_failover.ko",
+    "drivers/net/virtio_net.ko",
     "drivers/char/virtio_console.ko",
     "drivers/char/hw_random/virtio-rng.ko",
 ];
@@ -204,8 +211,11 @@ fn status_field(vm: &VmHandle, name: &str) -> String {
 #[test]
 fn a_machine_boots_confined_pauses_resumes_and_dies() {
     let t = Fixture::new(1);
+    let start = Instant::now();
     let vm = t.qemu.boot(t.spec()).unwrap();
+    let booted = start.elapsed();
     assert_eq!(t.ask("hello"), "1 hello");
+    println!("QMP after {booted:?}, guest after {:?}", start.elapsed());
     assert_eq!(t.ask("drives"), "2 drives vda=2048,1 vdb=4096,0");
     let console = fs::read_to_string(t.path("console.log")).unwrap();
     assert!(console.contains("ports: mvm.agent.0 mvm.agent.1 mvm.agent.2 mvm.agent.3"), "{console}");
@@ -308,6 +318,10 @@ fn a_machine_sleeps_and_wakes_three_times() {
     t.qemu.pause(&vm).unwrap();
     t.qemu.snapshot(&vm, &elsewhere).unwrap();
     t.qemu.kill(&vm).unwrap();
+    // Put back to sleep without having run.
+    let vm = t.qemu.restore(t.spec(), &elsewhere).unwrap();
+    t.qemu.snapshot(&vm, &elsewhere).unwrap();
+    t.qemu.kill(&vm).unwrap();
     let vm = t.qemu.restore(t.spec(), &elsewhere).unwrap();
     t.qemu.resume(&vm).unwrap();
     assert_eq!(t.ask("sum"), format!("{} sum {sum}", count + 1));
@@ -381,6 +395,42 @@ fn two_cpus_boot_sleep_and_wake() {
     let vm = t.qemu.restore(two(), &t.path("snapshot")).unwrap();
     t.qemu.resume(&vm).unwrap();
     assert_eq!(t.ask("cpus"), "2 cpus 2");
+}
+
+#[test]
+fn the_network_is_there_after_a_wake_through_a_new_tap() {
+    // A thread of its own for the network namespace, which ends with it and the machine.
+    std::thread::spawn(|| {
+        // SAFETY: only this thread's network namespace changes; descriptors and memory stay shared as Rust expects.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+        let netlink = mvm_hostd::netlink::Netlink::open().unwrap();
+        let bridge = mvm_hostd::netlink::BridgeSpec {
+            name: "br-test",
+            mac: [2, 0, 0, 0, 0, 1],
+            address: "10.9.0.1".parse().unwrap(),
+            prefix: 24,
+            mtu: 1500,
+            alias: "mvm:test",
+        };
+        netlink.ensure_bridge(&bridge).unwrap();
+        let t = Fixture::new(8);
+        let spec = || {
+            let tap = mvm_hostd::tap::create_tap(&netlink, "tn9i3", bridge.name, Some(UID), bridge.alias).unwrap();
+            VmSpec { nic: Some(Nic { tap, mac: [2, 0, 10, 9, 0, 3] }), ..t.spec() }
+        };
+        let vm = t.qemu.boot(spec()).unwrap();
+        assert_eq!(t.ask("mac"), "1 mac 02:00:0a:09:00:03");
+        assert_eq!(t.ask("ping"), "2 ping answered");
+        t.qemu.pause(&vm).unwrap();
+        t.qemu.snapshot(&vm, &t.path("snapshot")).unwrap();
+        t.qemu.kill(&vm).unwrap();
+        assert!(netlink.link("tn9i3").unwrap().is_none(), "the TAP vanishes with QEMU");
+        let vm = t.qemu.restore(spec(), &t.path("snapshot")).unwrap();
+        t.qemu.resume(&vm).unwrap();
+        assert_eq!(t.ask("ping"), "3 ping answered");
+    })
+    .join()
+    .unwrap();
 }
 
 #[test]
