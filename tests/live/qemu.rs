@@ -383,6 +383,46 @@ fn a_guest_that_ends_or_panics_is_noticed() {
     }
 }
 
+/// A small file system in memory, unmounted at the end.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: PathBuf, mib: u32) -> Self {
+        use rustix::mount::{MountFlags, mount};
+        fs::create_dir(&at).unwrap();
+        let options = std::ffi::CString::new(format!("size={mib}M")).unwrap();
+        mount("tmpfs", &at, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(options.as_c_str())).unwrap();
+        Self(at)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_full_disk_fails_the_snapshot_and_nothing_else() {
+    let t = Fixture::new(9);
+    let vm = t.qemu.boot(t.spec()).unwrap();
+    assert_eq!(t.ask("hello"), "1 hello");
+    let full = SmallDisk::mount(t.path("full"), 8);
+    t.qemu.pause(&vm).unwrap();
+    let error = t.qemu.snapshot(&vm, &full.0).unwrap_err();
+    assert!(matches!(&error, VmmError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull), "{error:?}");
+    assert!(!full.0.join("memory.new").exists() && !full.0.join("memory").exists());
+    // It is there still, and can be put to sleep elsewhere.
+    t.qemu.resume(&vm).unwrap();
+    assert_eq!(t.ask("still there"), "2 still there");
+    t.qemu.pause(&vm).unwrap();
+    t.qemu.snapshot(&vm, &t.path("snapshot")).unwrap();
+    t.qemu.kill(&vm).unwrap();
+    let vm = t.qemu.restore(t.spec(), &t.path("snapshot")).unwrap();
+    t.qemu.resume(&vm).unwrap();
+    assert_eq!(t.ask("woken"), "3 woken");
+}
+
 #[test]
 fn two_cpus_boot_sleep_and_wake() {
     let t = Fixture::new(6);

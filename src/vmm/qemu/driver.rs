@@ -3,27 +3,24 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mvm_types::{InstanceAddress, NodeId};
-use rustix::fs::{Gid, Mode, Uid, fchmod, fchown};
+use rustix::fs::{Gid, Uid, fchown};
 
 use super::args::{CommandLine, DriveArg, NicArg, RamArg, RamMapping, Start, kernel_arguments, render};
+use super::files::{QMP_SOCKET, append_to, find_in_path, listen_all, open_for_vmm, open_log};
+use super::memory;
 use super::probe::{self, HostFacts, KvmVerdict};
 use super::process::{self, Children};
 use super::qmp::{Command, QmpClient, QmpError, RunState};
 use super::spawn::{Inherited, Launch, launch};
-use super::{AGENT_PORTS, agent_socket, memory};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::{Acceleration, Drive, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp};
-
-/// The QMP socket in the run directory.
-const QMP_SOCKET: &str = "qmp.sock";
 
 /// How long QEMU may take to its greeting, or to an answer. It starts in some 40 ms; a busy host with hundreds of guests in
 /// software is slower by two orders.
@@ -458,62 +455,4 @@ fn save_devices(client: &mut QmpClient, file: &File, path: &Path) -> Result<(), 
         return Err(SaveError::Io(io::Error::new(io::ErrorKind::InvalidData, "QEMU wrote something else than a device state")));
     }
     Ok(())
-}
-
-/// The numbers of the listening sockets.
-struct Sockets {
-    qmp: RawFd,
-    agents: [RawFd; AGENT_PORTS],
-}
-
-fn listen_all(run_dir: &Path, inherit: &mut Inherited) -> Result<Sockets, VmmError> {
-    let mut listen = |name: &str| {
-        let path = run_dir.join(name);
-        let mut made = || {
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            let listener = UnixListener::bind(&path)?;
-            rustix::fs::chmod(&path, Mode::RUSR | Mode::WUSR)?;
-            Ok(inherit.hand(listener))
-        };
-        made().map_err(|source| VmmError::Io { what: format!("cannot listen on {}", path.display()), source })
-    };
-    let qmp = listen(QMP_SOCKET)?;
-    let mut agents = [-1; AGENT_PORTS];
-    for (port, agent) in agents.iter_mut().enumerate() {
-        *agent = listen(&agent_socket(port))?;
-    }
-    Ok(Sockets { qmp, agents })
-}
-
-fn append_to(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-    fchmod(&file, Mode::RUSR | Mode::WUSR)?;
-    Ok(file)
-}
-
-fn open_log(path: &Path) -> Result<File, VmmError> {
-    append_to(path).map_err(|source| VmmError::Io { what: format!("cannot open {}", path.display()), source })
-}
-
-/// Opens a file that QEMU opens again through `/proc/self/fd`, for which its own user must be allowed to read it.
-fn open_for_vmm(path: &Path, uid: Option<u32>) -> Result<File, VmmError> {
-    let failed = |source| VmmError::Io { what: format!("cannot open {}", path.display()), source };
-    let file = File::open(path).map_err(failed)?;
-    let mode = file.metadata().map_err(failed)?.mode();
-    if uid.is_some() && mode & 0o004 == 0 {
-        return Err(VmmError::Failed {
-            what: "cannot start QEMU",
-            why: format!("{} has mode {:o}, and the machine's own user has to read it: chmod o+r", path.display(), mode & 0o777),
-        });
-    }
-    Ok(file)
-}
-
-fn find_in_path(program: &str) -> Option<PathBuf> {
-    std::env::split_paths(&std::env::var_os("PATH")?)
-        .map(|dir| dir.join(program))
-        .find(|path| path.is_absolute() && fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.mode() & 0o111 != 0))
 }

@@ -18,6 +18,7 @@
 mod args;
 mod driver;
 mod extents;
+mod files;
 mod memory;
 mod probe;
 mod process;
