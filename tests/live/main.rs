@@ -1,4 +1,5 @@
 //! Tests with the real kernel; they need root and clean up after themselves.
 
 mod network;
+mod qemu;
 mod wire;
