@@ -10,6 +10,7 @@
 //! A driver does not know of desired state, quotas or documents. It starts processes and names them by
 //! [`ProcessIdentity`]; the caller records them.
 
+pub mod qemu;
 pub mod simulated;
 
 use std::os::fd::OwnedFd;
@@ -186,8 +187,10 @@ pub trait Vmm: Send + Sync {
     fn resume(&self, vm: &VmHandle) -> Result<(), VmmError>;
 
     /// Writes [`SNAPSHOT_FILES`] of a paused virtual machine into `dir`, durably; files that are there already are those it was
-    /// restored from, and may be brought up to date in place. The machine stays paused. Can be repeated.
+    /// restored from, and may be brought up to date in place: they are no snapshot of anything until this returns, so whoever resumes
+    /// a restored machine first withdraws the snapshot. The machine stays paused, also on failure. Can be repeated.
     ///
+    /// Nobody may talk to the guest's agent meanwhile: its ports would still take what is sent.
     fn snapshot(&self, vm: &VmHandle, dir: &Path) -> Result<(), VmmError>;
 
     /// Starts a virtual machine from a snapshot and leaves it paused. The snapshot is mapped, not read, and stays as it is.

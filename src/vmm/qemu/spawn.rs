@@ -1,0 +1,83 @@
+//! Starting a QEMU: own session, own uid, no privileges to gain, nothing inherited but what it was handed.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use rustix::fs::Mode;
+use rustix::io::FdFlags;
+use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
+use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use rustix::{process::Gid, process::Uid};
+
+/// What a QEMU gets.
+#[derive(Debug)]
+pub(super) struct Launch {
+    pub args: Vec<String>,
+    /// The descriptors that the arguments name by number.
+    pub inherit: Inherited,
+    /// The user and group to become; needs root.
+    pub uid: Option<u32>,
+    /// The only other group kept: that of `/dev/kvm`.
+    pub device_group: Option<u32>,
+    /// Where standard output and error go.
+    pub log: File,
+}
+
+/// Descriptors that a child keeps under their numbers.
+#[derive(Debug, Default)]
+pub(super) struct Inherited(Vec<OwnedFd>);
+
+impl Inherited {
+    /// Takes a descriptor and returns the number that the child will know it by.
+    pub(super) fn hand(&mut self, fd: impl Into<OwnedFd>) -> RawFd {
+        let fd = fd.into();
+        let number = fd.as_raw_fd();
+        self.0.push(fd);
+        number
+    }
+
+    /// Looks at the descriptors.
+    pub(super) fn iter(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(AsFd::as_fd)
+    }
+}
+
+/// Limits of each QEMU. Threads count against the uid, which is the instance's own: virtual CPUs and at most 64 workers for drives.
+const LIMITS: [(Resource, u64); 3] = [(Resource::Core, 0), (Resource::Nofile, 1024), (Resource::Nproc, 512)];
+
+/// Starts the program; its descriptors are closed in this process when this returns.
+pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
+    let mut command = Command::new(binary);
+    command.args(&launch.args).env_clear().current_dir("/").stdin(Stdio::null()).stdout(launch.log.try_clone()?).stderr(launch.log);
+    let fds: Vec<RawFd> = launch.inherit.iter().map(|fd| fd.as_raw_fd()).collect();
+    let identity = launch.uid.map(|id| (Uid::from_raw(id), Gid::from_raw(id)));
+    let groups: Vec<Gid> = launch.device_group.into_iter().map(Gid::from_raw).collect();
+    let prepare = move || {
+        setsid()?;
+        umask(Mode::from_raw_mode(0o077));
+        for (resource, value) in LIMITS {
+            setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
+        }
+        if let Some((uid, gid)) = identity {
+            set_thread_groups(&groups)?;
+            set_thread_res_gid(gid, gid, gid)?;
+            set_thread_res_uid(uid, uid, uid)?;
+        }
+        set_no_new_privs(true)?;
+        for fd in &fds {
+            // SAFETY: `launch.inherit` owns these descriptors until the child has been started.
+            let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
+            rustix::io::fcntl_setfd(fd, FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes system calls only (rustix issues them directly); it neither allocates nor locks.
+    unsafe { command.pre_exec(prepare) };
+    let child = command.spawn()?;
+    drop(launch.inherit);
+    Ok(child)
+}
