@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use mvm::infra::process::ProcessIdentity;
 use mvm::vmm::qemu::{AccelerationChoice, KvmVerdict, Qemu, QemuOptions, agent_socket};
 use mvm::vmm::{Drive, DriveAccess, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError};
+use mvm_hostd::tap::{TapSpec, create_tap};
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
 
 const UID: u32 = 0x7000_0000 + 7 * 65536 + 3;
@@ -455,8 +456,10 @@ fn the_network_is_there_after_a_wake_through_a_new_tap() {
         netlink.ensure_bridge(&bridge).unwrap();
         let t = Fixture::new(8);
         let spec = || {
-            let tap = mvm_hostd::tap::create_tap(&netlink, "tn9i3", bridge.name, Some(UID), bridge.alias).unwrap();
-            VmSpec { nic: Some(Nic { tap, mac: [2, 0, 10, 9, 0, 3] }), ..t.spec() }
+            let mac = [2, 0, 10, 9, 0, 3];
+            let port = TapSpec { name: "tn9i3", bridge: bridge.name, guest_mac: mac, owner: Some(UID), alias: bridge.alias };
+            let tap = create_tap(&netlink, &port).unwrap();
+            VmSpec { nic: Some(Nic { tap, mac }), ..t.spec() }
         };
         let vm = t.qemu.boot(spec()).unwrap();
         assert_eq!(t.ask("mac"), "1 mac 02:00:0a:09:00:03");
