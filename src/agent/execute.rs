@@ -245,10 +245,9 @@ impl Runner<'_> {
 
     fn change(&self, verb: Verb, target: &Target, goal: StateName) -> Result<(), LifecycleError> {
         let node = self.node;
-        let at = self.resolve(target).ok_or_else(|| LifecycleError::Refused {
-            what: format!("{verb} {target}"),
-            why: "it was not made".to_owned(),
-        })?;
+        let at = self
+            .resolve(target)
+            .ok_or_else(|| LifecycleError::Refused { what: format!("{verb} {target}"), why: "it was not made".to_owned() })?;
         let result = match verb {
             Verb::Start => node.start(&at, goal),
             Verb::Warm => node.warm(&at),

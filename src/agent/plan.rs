@@ -62,7 +62,7 @@ pub fn plan(desired: &DesiredState, observed: &Observed, now: &Moment, retry: Re
     for tenant in tenants {
         planner.tenant(tenant, desired.prune_unknown_pools);
     }
-    planner.network_alone(desired);
+    planner.network_alone();
     planner.plan
 }
 
@@ -95,23 +95,23 @@ impl Planner<'_> {
     }
 
     /// Plans to make bridges and rules fit when nothing else needed it and they do not: after a reboot of the host, say.
-    fn network_alone(&mut self, desired: &DesiredState) {
+    fn network_alone(&mut self) {
         if self.network {
             return;
         }
-        let missing: Vec<String> = self
-            .observed
-            .tenants
-            .values()
-            .map(|tenant| tenant.doc.network.network().bridge())
-            .filter(|bridge| !self.observed.network.bridges.contains(bridge))
-            .collect();
+        let there = &self.observed.network.bridges;
+        let wanted: BTreeSet<String> = self.observed.tenants.values().map(|tenant| tenant.doc.network.network().bridge()).collect();
+        let list = |names: Vec<&String>| names.into_iter().cloned().collect::<Vec<_>>().join(", ");
+        let missing = list(wanted.difference(there).collect());
+        let left_over = list(there.difference(&wanted).collect());
         let why = if !missing.is_empty() {
-            format!("missing: {}", missing.join(", "))
-        } else if self.observed.network.ruleset != self.observed.ruleset_hash()
-            && !(desired.tenants.is_empty() && self.observed.tenants.is_empty())
-        {
+            format!("missing: {missing}")
+        } else if !left_over.is_empty() {
+            format!("left over: {left_over}")
+        } else if self.observed.network.ruleset != self.observed.ruleset_hash() {
             "the rules that are loaded are not those that the documents give".to_owned()
+        } else if !wanted.is_empty() && !self.observed.network.forwards {
+            "the host does not forward".to_owned()
         } else {
             return;
         };

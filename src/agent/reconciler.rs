@@ -151,8 +151,13 @@ pub fn apply(node: &Node, desired: &DesiredState, options: &ApplyOptions<'_>) ->
             hopeless |= !retry_can_help || *count >= TRIES;
         }
         // What failed before and waits for its next try is still failing.
-        let waiting: BTreeMap<String, String> =
-            report.plan.deferred.iter().filter(|one| tries.contains_key(&one.object)).map(|one| (one.object.clone(), one.why.clone())).collect();
+        let waiting: BTreeMap<String, String> = report
+            .plan
+            .deferred
+            .iter()
+            .filter(|one| tries.contains_key(&one.object))
+            .map(|one| (one.object.clone(), one.why.clone()))
+            .collect();
         let failed = if failed.is_empty() { waiting } else { failed };
         let deferred = report.plan.deferred.clone();
         let did = report.outcomes.iter().any(Outcome::is_done) && report.plan.visible().next().is_some();

@@ -231,8 +231,9 @@ const INET_CHAINS: &str = r#"
 	}
 "#;
 
-/// The bridge consults `prerouting` before it learns an address. Frames to 01:80:c2:00:00:0x skip that hook and are learnt
-/// from all the same, so they are dropped at `input`, before that.
+/// Frames to 01:80:c2:00:00:0x, which bridges keep to themselves, mostly skip `prerouting`; `input` keeps them from the
+/// host's own daemons. That the bridge learns nothing from them, nor from the few that skip this hook as well, is because
+/// learning is off on every port.
 const BRIDGE_CHAINS: &str = r#"
 	chain prerouting {
 		type filter hook prerouting priority dstnat; policy accept;

@@ -319,7 +319,13 @@ fn the_hosts_services_are_out_of_reach() {
         // The host itself reaches its guests.
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.send_to(b"probe", (b.address, 7)).unwrap();
-        b.receive(PATIENCE, |frame| frame.windows(5).any(|window| window == b"probe")).expect("the host's probe arrives");
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let probe = b.receive(PATIENCE, |frame| frame.windows(5).any(|window| window == b"probe")).expect("the host's probe arrives");
+        let from_port = u16::from_be_bytes(probe[34..36].try_into().unwrap());
+        b.send(&b.reply_to(tenant(6).bridge_mac(), tenant(6).subnet.gateway(), (7, from_port), b"answer"));
+        let mut buffer = [0; 16];
+        let length = socket.recv(&mut buffer).expect("and the guest's answer comes back");
+        assert_eq!(&buffer[..length], b"answer");
     });
 }
 

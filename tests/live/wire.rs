@@ -94,7 +94,12 @@ impl Guest {
 
     /// A datagram from this guest as it should be.
     pub fn datagram_to(&self, mac: Mac, address: Ipv4Addr, port: u16, content: &[u8]) -> Vec<u8> {
-        ethernet(self.mac, mac, IPV4, &ipv4(self.address, address, UDP, &udp(port, content)))
+        self.reply_to(mac, address, (40_000, port), content)
+    }
+
+    /// A datagram from one port of this guest to another port.
+    pub fn reply_to(&self, mac: Mac, address: Ipv4Addr, ports: (u16, u16), content: &[u8]) -> Vec<u8> {
+        ethernet(self.mac, mac, IPV4, &ipv4(self.address, address, UDP, &udp(ports, content)))
     }
 }
 
@@ -126,10 +131,10 @@ fn icmp(kind: u8, tag: u16) -> Vec<u8> {
     packet
 }
 
-fn udp(port: u16, content: &[u8]) -> Vec<u8> {
+fn udp((from, to): (u16, u16), content: &[u8]) -> Vec<u8> {
     let length = u16::try_from(8 + content.len()).unwrap().to_be_bytes();
     // No checksum: it is optional over IPv4.
-    [&40_000u16.to_be_bytes(), &port.to_be_bytes(), &length, &[0, 0], content].concat()
+    [&from.to_be_bytes(), &to.to_be_bytes(), &length, &[0, 0], content].concat()
 }
 
 fn checksum(bytes: &[u8]) -> [u8; 2] {

@@ -216,10 +216,7 @@ fn generations_only_grow() {
     desired.prune_unknown_tenants = true;
     assert!(world.apply(&desired).unwrap_err().to_string().starts_with("generation: another document of generation 4"));
     desired.generation = Some(3);
-    assert_eq!(
-        world.apply(&desired).unwrap_err().to_string(),
-        "generation: 3 is older than 4, which this node has admitted already"
-    );
+    assert_eq!(world.apply(&desired).unwrap_err().to_string(), "generation: 3 is older than 4, which this node has admitted already");
     desired.generation = Some(5);
     world.ready(&desired);
 }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use mvm::agent::desired::{DesiredState, Format, parse};
@@ -18,7 +18,7 @@ use mvm::infra::kill_switch::KillSwitch;
 use mvm::infra::paths::Paths;
 use mvm::store::{Documents, MemoryStore, Wait};
 use mvm::vm::instance::StateName;
-use mvm::vm::node::{Node, Seams, Sealer, VmmUids};
+use mvm::vm::node::{Node, Sealer, Seams, VmmUids};
 use mvm::vm::pool::SimulatedImages;
 use mvm::vmm::simulated::{Rule, Script, SimulatedStep, SimulatedVmm};
 use mvm_types::TenantId;
@@ -141,7 +141,8 @@ impl World {
             let paused = machines.get(&one.doc.at().to_string());
             assert_eq!(paused.copied(), one.doc.state.vm().map(|_| one.doc.state.name() == StateName::Warm), "{}", one.doc.at());
         }
-        let expected: BTreeSet<_> = instances.iter().filter(|one| one.doc.state.vm().is_some()).map(|one| one.doc.instance_id.clone()).collect();
+        let expected: BTreeSet<_> =
+            instances.iter().filter(|one| one.doc.state.vm().is_some()).map(|one| one.doc.instance_id.clone()).collect();
         assert_eq!(host.run_dirs, expected, "run directories");
         assert_eq!(host.drives, expected, "in-memory drives");
         let bridges: BTreeSet<_> = observed.tenants.values().map(|tenant| tenant.doc.network.network().bridge()).collect();
@@ -203,6 +204,8 @@ pub fn nothing() -> DesiredState {
 pub fn log(world: &World, tenant: &str) -> Vec<String> {
     let node = world.node();
     let events = node.audit().events(&tenant.parse().unwrap()).unwrap();
-    events.into_iter().map(|event| format!("{} {}{}", event.action, event.object, if event.result == "ok" { "" } else { " FAILED" })).collect()
+    events
+        .into_iter()
+        .map(|event| format!("{} {}{}", event.action, event.object, if event.result == "ok" { "" } else { " FAILED" }))
+        .collect()
 }
-

@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use crate::error::{During, HostdError};
 
 /// Where system programs are, also when `PATH` of the caller lacks the administrator's directories.
-const DIRECTORIES: [&str; 6] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+const DIRECTORIES: [&str; 7] =
+    ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin", "/run/current-system/sw/bin"];
 
 /// Finds a program; the error names the package that brings it.
 pub(crate) fn find(name: &'static str, package: &'static str) -> Result<PathBuf, HostdError> {

@@ -88,7 +88,9 @@ impl Node {
         let write = &write;
         std::thread::scope(|scope| {
             let writers: Vec<_> = docs.chunks(share).map(|docs| scope.spawn(move || write(docs))).collect();
-            writers.into_iter().map(|writer| writer.join().expect("writing a document does not panic")).collect()
+            // All are joined before the first error is returned.
+            let written: Vec<_> = writers.into_iter().map(|writer| writer.join().expect("writing a document does not panic")).collect();
+            written.into_iter().collect()
         })
     }
 

@@ -116,8 +116,8 @@ impl Node {
         let role = instance.doc.role;
         let result = instance.recover();
         if !matches!(result, Ok(None)) {
-            let outcome = result.as_ref().map(|_| ()).map_err(with_causes_of);
-            self.audit_entry("recover", at, role, from, instance.doc.state.name(), outcome, begun.elapsed())?;
+            let error = result.as_ref().err().map(|error| with_causes(error));
+            self.audit_instance(at, role, "recover", (from, instance.doc.state.name()), error, begun.elapsed())?;
         }
         result.map(|_| instance.doc.state.name())
     }
@@ -170,37 +170,23 @@ impl Node {
         result: &Result<(), LifecycleError>,
         took: Duration,
     ) -> Result<(), LifecycleError> {
-        let outcome = result.as_ref().map(|()| ()).map_err(with_causes_of);
         let to = if result.is_ok() { verb.target() } else { from };
-        self.audit_entry(verb.as_str(), at, role, from, to, outcome, took)
+        self.audit_instance(at, role, verb.as_str(), (from, to), result.as_ref().err().map(|error| with_causes(error)), took)
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn audit_entry(
+    fn audit_instance(
         &self,
-        action: &str,
         at: &InstanceAddress,
         role: mvm_types::Role,
-        from: StateName,
-        to: StateName,
-        outcome: Result<(), String>,
+        action: &str,
+        (from, to): (StateName, StateName),
+        error: Option<String>,
         took: Duration,
     ) -> Result<(), LifecycleError> {
-        let entry = Entry {
-            object: at.to_string(),
-            role: Some(role),
-            action: action.to_owned(),
-            from: Some(from.to_string()),
-            to: Some(to.to_string()),
-            error: outcome.err(),
-            took,
-        };
+        let (from, to) = (Some(from.to_string()), Some(to.to_string()));
+        let entry = Entry { object: at.to_string(), role: Some(role), action: action.to_owned(), from, to, error, took };
         Ok(self.audit().record(&at.tenant, entry)?)
     }
-}
-
-fn with_causes_of(error: &LifecycleError) -> String {
-    with_causes(error)
 }
 
 impl Locked<'_> {

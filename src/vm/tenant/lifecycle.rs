@@ -106,6 +106,7 @@ impl Node {
         let mut ruleset = Ruleset::default();
         let mut bridges = BTreeSet::new();
         let mut instances = BTreeSet::new();
+        let mut missing = Vec::new();
         let observed = self.host().observe_network()?;
         for tenant in self.tenants()? {
             let doc = match self.tenant(&tenant) {
@@ -118,15 +119,19 @@ impl Node {
             let docs = self.tenant_instances(&tenant, &mut Vec::new())?;
             bridges.insert(network.bridge());
             instances.extend(docs.iter().map(|doc| doc.instance_id.clone()));
-            if !observed.bridges.contains(&network.bridge()) {
-                self.host().ensure_tenant_network(&network)?;
+            if !observed.bridges.contains(&network.bridge()) || !observed.forwards {
+                missing.push(network);
             }
             ruleset.tenants.push((network, docs.iter().map(|doc| doc.network(&network)).collect()));
         }
-        if ruleset.tenants.is_empty() {
-            self.host().remove_ruleset()?;
-        } else {
+        // Rules first: a bridge never stands without them.
+        if !ruleset.tenants.is_empty() {
             self.host().apply_ruleset(&ruleset)?;
+        } else if observed.ruleset.is_some() || !observed.bridges.is_empty() {
+            self.host().remove_ruleset()?;
+        }
+        for network in &missing {
+            self.host().ensure_tenant_network(network)?;
         }
         for what in self.host().sweep(&HostExpectations { bridges, instances })? {
             tracing::warn!(what, "removed what nothing declares");
