@@ -14,6 +14,7 @@ pub mod agent;
 pub mod audit;
 pub mod guest;
 pub mod host;
+pub mod image;
 pub mod infra;
 pub mod net;
 pub mod store;

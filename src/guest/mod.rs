@@ -2,6 +2,18 @@
 //!
 //! Whatever a guest says is hostile input: capped in size, with a deadline, never part of a path.
 
+mod channel;
+mod client;
+mod copy;
+mod exec;
+mod line;
+mod terminal;
+
+pub use channel::SerialChannel;
+pub use client::{Follow, GuestClient, LogSource};
+pub use exec::{ExecEnd, ExecRequest};
+pub use line::Purpose;
+
 use std::time::{Duration, Instant};
 
 use crate::vmm::VmHandle;

@@ -11,6 +11,7 @@
 //! way round less so; both sides hold [`limits`].
 #![forbid(unsafe_code)]
 
+pub mod archive;
 pub mod config;
 pub mod handshake;
 pub mod limits;

@@ -1,0 +1,321 @@
+//! Files as tar streams, the same on both ends of `cp`.
+//!
+//! Guarantees of [`unpack`], whatever the stream holds: nothing is written outside the target, also not through
+//! symbolic links that the stream itself makes; only files, directories, symbolic and hard links are made; counts and
+//! sizes are capped; set-user-id bits and owners are not taken over.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
+
+use tar::{Archive, Builder, Entry, EntryType, Header};
+
+use crate::limits;
+
+/// What was packed or unpacked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Entries of any kind.
+    pub entries: u64,
+    /// Bytes of file content.
+    pub bytes: u64,
+    /// Sockets, pipes and devices, which are left out.
+    pub skipped: u64,
+}
+
+/// Packs a file or a directory with what is below it; the last component of `path` names the top entry.
+///
+/// Symbolic links are packed as links, except `path` itself.
+///
+/// # Errors
+/// When something cannot be read, the writer fails, or a cap is exceeded.
+pub fn pack(path: &Path, writer: impl Write) -> io::Result<Copied> {
+    let resolved = fs::canonicalize(path).map_err(|error| named(path, error))?;
+    let name = match path.components().next_back() {
+        Some(Component::Normal(name)) => PathBuf::from(name),
+        // `.`, `..` and `/` have no name of their own to give.
+        _ => resolved.file_name().map_or_else(|| PathBuf::from("root"), PathBuf::from),
+    };
+    let mut builder = Builder::new(writer);
+    let mut copied = Copied::default();
+    let mut waiting = vec![(resolved, name)];
+    while let Some((source, name)) = waiting.pop() {
+        let meta = fs::symlink_metadata(&source).map_err(|error| named(&source, error))?;
+        let kind = meta.file_type();
+        let mut header = Header::new_gnu();
+        header.set_mode(meta.mode() & 0o777);
+        header.set_mtime(meta.mtime().max(0) as u64);
+        header.set_size(0);
+        if kind.is_dir() {
+            header.set_entry_type(EntryType::Directory);
+            builder.append_data(&mut header, &name, io::empty())?;
+            let entries = fs::read_dir(&source).map_err(|error| named(&source, error))?;
+            for entry in entries {
+                let entry = entry.map_err(|error| named(&source, error))?;
+                waiting.push((entry.path(), name.join(entry.file_name())));
+            }
+        } else if kind.is_file() {
+            header.set_entry_type(EntryType::Regular);
+            header.set_size(meta.len());
+            // NOFOLLOW: what was a file a moment ago may be a link now.
+            let file = File::options().read(true).custom_flags(NOFOLLOW).open(&source).map_err(|error| named(&source, error))?;
+            // A file that shrinks meanwhile is filled up, one that grows is cut: the header is written already.
+            builder.append_data(&mut header, &name, file.chain(io::repeat(0)).take(meta.len()))?;
+            copied.bytes += meta.len();
+        } else if kind.is_symlink() {
+            header.set_entry_type(EntryType::Symlink);
+            let link = fs::read_link(&source).map_err(|error| named(&source, error))?;
+            builder.append_link(&mut header, &name, link)?;
+        } else {
+            copied.skipped += 1;
+            continue;
+        }
+        copied.entries += 1;
+        check(&copied)?;
+    }
+    builder.into_inner()?.flush()?;
+    Ok(copied)
+}
+
+/// `O_NOFOLLOW`, the same number on every Linux that this runs on (x86-64 and, with another value, arm64).
+const NOFOLLOW: i32 = if cfg!(target_arch = "aarch64") { 0o100_000 } else { 0o400_000 };
+
+/// Unpacks a stream into `path`: below it when it is a directory; or else its one top entry as `path`.
+///
+/// # Errors
+/// When the stream is not a tar stream that may be unpacked here, or something cannot be written. What was unpacked
+/// below an existing directory before the error stays.
+pub fn unpack(reader: impl Read, path: &Path) -> io::Result<Copied> {
+    if path.is_dir() {
+        return unpack_below(reader, path);
+    }
+    let (Some(parent), Some(Component::Normal(_))) = (path.parent(), path.components().next_back()) else {
+        return Err(refused(format!("{} is no place for a file", path.display())));
+    };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    if !parent.is_dir() {
+        return Err(named(parent, io::ErrorKind::NotFound.into()));
+    }
+    let staging = Staging::new(parent)?;
+    let copied = unpack_below(reader, &staging.0)?;
+    let mut entries = fs::read_dir(&staging.0)?;
+    match (entries.next(), entries.next()) {
+        (Some(top), None) => fs::rename(top?.path(), path).map_err(|error| named(path, error))?,
+        _ => {
+            return Err(refused(format!("the stream has not just one top entry to be named {}", path.display())));
+        }
+    }
+    Ok(copied)
+}
+
+/// A directory that is gone afterwards.
+struct Staging(PathBuf);
+
+impl Staging {
+    fn new(parent: &Path) -> io::Result<Staging> {
+        for attempt in 0..100 {
+            let path = parent.join(format!(".mvm-cp-{}-{attempt}", std::process::id()));
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(named(parent, error)),
+                Ok(()) => return Ok(Staging(path)),
+            }
+        }
+        Err(named(parent, io::ErrorKind::AlreadyExists.into()))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // What is left over does no harm but is not wanted either.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn unpack_below(reader: impl Read, directory: &Path) -> io::Result<Copied> {
+    let mut archive = Archive::new(reader);
+    archive.set_preserve_permissions(false);
+    archive.set_preserve_ownerships(false);
+    archive.set_unpack_xattrs(false);
+    let mut copied = Copied::default();
+    let mut directories: Vec<Entry<'_, _>> = Vec::new();
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let kind = entry.header().entry_type();
+        let name = entry.path()?.into_owned();
+        let known =
+            matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::Directory | EntryType::Symlink | EntryType::Link);
+        if !known {
+            return Err(refused(format!("entry {name:?} is a {kind:?}, and only files, directories and links are unpacked")));
+        }
+        if name.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
+            return Err(refused(format!("entry {name:?} leads out of the target")));
+        }
+        copied.entries += 1;
+        copied.bytes = copied.bytes.saturating_add(entry.size());
+        check(&copied)?;
+        if kind == EntryType::Directory {
+            directories.push(entry);
+            continue;
+        }
+        unpack_entry(&mut entry, directory)?;
+    }
+    // Directories last and deepest first: one that may not be written would keep its own content out.
+    directories.sort_by(|a, b| b.path_bytes().cmp(&a.path_bytes()));
+    for mut entry in directories {
+        unpack_entry(&mut entry, directory)?;
+    }
+    Ok(copied)
+}
+
+fn unpack_entry<R: Read>(entry: &mut Entry<'_, R>, directory: &Path) -> io::Result<()> {
+    if entry.unpack_in(directory)? {
+        return Ok(());
+    }
+    Err(refused(format!("entry {:?} leads out of the target", entry.path()?)))
+}
+
+fn check(copied: &Copied) -> io::Result<()> {
+    if copied.entries > limits::MAX_TAR_ENTRIES || copied.bytes > limits::MAX_TAR_BYTES {
+        return Err(refused(format!("more than {} entries or {} bytes", limits::MAX_TAR_ENTRIES, limits::MAX_TAR_BYTES)));
+    }
+    Ok(())
+}
+
+fn refused(text: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+fn named(path: &Path, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn packed(path: &Path) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        pack(path, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_tree_arrives_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        fs::create_dir_all(tree.join("sub/deep")).unwrap();
+        fs::write(tree.join("sub/script"), "#!/bin/sh\n").unwrap();
+        fs::set_permissions(tree.join("sub/script"), fs::Permissions::from_mode(0o750)).unwrap();
+        symlink("script", tree.join("sub/link")).unwrap();
+        symlink("/etc/passwd", tree.join("outside")).unwrap();
+        fs::set_permissions(tree.join("sub"), fs::Permissions::from_mode(0o555)).unwrap();
+        let out = dir.path().join("out");
+        fs::create_dir(&out).unwrap();
+        let copied = unpack(&packed(&tree)[..], &out).unwrap();
+        assert_eq!((copied.entries, copied.bytes, copied.skipped), (6, 10, 0));
+        let mode = |p: &str| fs::metadata(out.join(p)).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode("tree/sub/script"), 0o750);
+        assert_eq!(mode("tree/sub"), 0o555);
+        assert_eq!(fs::read_link(out.join("tree/outside")).unwrap(), Path::new("/etc/passwd"));
+        assert_eq!(fs::read_link(out.join("tree/sub/link")).unwrap(), Path::new("script"));
+    }
+
+    #[test]
+    fn a_file_takes_a_new_name_and_replaces_an_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a");
+        fs::write(&file, "new").unwrap();
+        let target = dir.path().join("b");
+        fs::write(&target, "old").unwrap();
+        unpack(&packed(&file)[..], &target).unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left over");
+        let missing = dir.path().join("no/where");
+        let error = unpack(&packed(&file)[..], &missing).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    /// A stream made by hand, since the library refuses to write such names.
+    fn hostile(entries: &[(&str, EntryType, &str)]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (name, kind, content) in entries {
+            let mut header = Header::new_gnu();
+            header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
+            header.set_entry_type(*kind);
+            header.set_mode(0o4777);
+            header.set_size(0);
+            if matches!(kind, EntryType::Symlink | EntryType::Link) {
+                header.set_link_name_literal(content).unwrap();
+                header.set_cksum();
+                bytes.extend_from_slice(header.as_bytes());
+            } else {
+                header.set_size(content.len() as u64);
+                header.set_cksum();
+                bytes.extend_from_slice(header.as_bytes());
+                let mut block = content.as_bytes().to_vec();
+                block.resize(content.len().next_multiple_of(512), 0);
+                bytes.extend_from_slice(&block);
+            }
+        }
+        bytes.resize(bytes.len() + 1024, 0);
+        bytes
+    }
+
+    #[test]
+    fn a_hostile_stream_writes_nothing_outside() {
+        use EntryType as T;
+        let dir = tempfile::tempdir().unwrap();
+        let outside = dir.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("kept"), "kept").unwrap();
+        let at = outside.to_str().unwrap();
+        let kept = format!("{at}/kept");
+        let absolute = format!("{at}/new");
+        let streams: &[&[(&str, EntryType, &str)]] = &[
+            &[("../outside/new", T::Regular, "x")],
+            &[(&absolute, T::Regular, "x")],
+            &[("link", T::Symlink, at), ("link/new", T::Regular, "x")],
+            &[("link", T::Symlink, at), ("link/new", T::Directory, "")],
+            &[("link", T::Symlink, &kept), ("link", T::Regular, "x")],
+            &[("hard", T::Link, &kept), ("hard", T::Regular, "x")],
+            &[("hard", T::Link, "../outside/kept")],
+            &[("a", T::Symlink, "."), ("a/b", T::Symlink, at), ("b/new", T::Regular, "x")],
+            &[("null", T::Char, "")],
+            &[("pipe", T::Fifo, "")],
+        ];
+        for (number, entries) in streams.iter().enumerate() {
+            let target = dir.path().join(format!("target{number}"));
+            fs::create_dir(&target).unwrap();
+            let _ = unpack(&hostile(entries)[..], &target);
+            let names: Vec<_> = fs::read_dir(&outside).unwrap().map(|e| e.unwrap().file_name()).collect();
+            assert_eq!(names, ["kept"], "{entries:?}");
+            assert_eq!(fs::read(outside.join("kept")).unwrap(), b"kept", "{entries:?}");
+            assert_eq!(fs::metadata(outside.join("kept")).unwrap().nlink(), 1, "{entries:?}");
+        }
+    }
+
+    #[test]
+    fn set_user_id_is_not_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        unpack(&hostile(&[("su", EntryType::Regular, "x")])[..], dir.path()).unwrap();
+        let mode = fs::metadata(dir.path().join("su")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7000, 0);
+    }
+
+    #[test]
+    fn a_cut_or_wrong_stream_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a");
+        fs::write(&file, vec![7; 2000]).unwrap();
+        let whole = packed(&file);
+        let target = dir.path().join("t");
+        fs::create_dir(&target).unwrap();
+        for end in [100, 512, 600, 2000] {
+            assert!(unpack(&whole[..end], &target).is_err(), "{end}");
+        }
+        assert!(unpack(&vec![0x5a; 4096][..], &target).is_err());
+    }
+}

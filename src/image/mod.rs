@@ -1,0 +1,24 @@
+//! How an image comes to be.
+//!
+//! [`builtin`] is the embedded default: a distribution's kernel, unpacked and not installed, the guest agent as
+//! PID 1, and busybox.
+//!
+//! ```text
+//!  package (apt, dpkg) -> kernel (ELF out of the bzImage)  -> vmlinux
+//!                      -> modules (in order) + agent       -> initrd          } revision, named by what went in
+//!  busybox, tree                          -> mke2fs -d     -> rootfs.ext4
+//! ```
+
+mod agent_binary;
+pub mod builtin;
+mod error;
+mod initramfs;
+pub mod kernel;
+mod manifest;
+mod modules;
+mod package;
+mod rootfs;
+
+pub use agent_binary::{AGENT_VARIABLE, find_agent};
+pub use error::ImageError;
+pub use manifest::{FileEntry, Image, Inputs, MANIFEST, Manifest};
