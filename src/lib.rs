@@ -12,6 +12,7 @@
 
 pub mod agent;
 pub mod audit;
+pub mod cli;
 pub mod guest;
 pub mod host;
 pub mod image;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use admission::{AdmissionError, admit};
 pub use parse::{Format, parse};
+pub use validate::pool_problems;
 
 use crate::vm::pool::PoolSpec;
 use crate::vm::tenant::{NetworkSpec, Quotas};

@@ -3,21 +3,23 @@
 //! What it holds outlives the processes that it simulates: [`FakeHost::next_process`] is what the next process of mvm finds.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mvm_types::{InstanceAddress, InstanceId};
+use serde::{Deserialize, Serialize};
 
 use super::{Ability, DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork};
 use crate::infra::kill_switch::KillSwitch;
 use crate::net::{InstanceNetwork, Ruleset, TenantNetwork};
 
 /// What the simulated host holds.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FakeState {
-    /// Bridges with their tenants' networks.
-    pub bridges: BTreeMap<String, TenantNetwork>,
+    /// Bridges by name.
+    pub bridges: BTreeSet<String>,
     /// The fingerprint of the rules that are loaded.
     pub ruleset: Option<String>,
     /// The TAPs that the loaded rules list.
@@ -27,7 +29,7 @@ pub struct FakeState {
     /// Instances with a run directory.
     pub run_dirs: BTreeSet<InstanceId>,
     /// Sizes of data disks, in MiB.
-    pub data_disks: BTreeMap<InstanceAddress, u64>,
+    pub data_disks: BTreeMap<String, u64>,
     /// Instances with in-memory drives.
     pub drives: BTreeSet<InstanceId>,
 }
@@ -35,7 +37,7 @@ pub struct FakeState {
 impl FakeState {
     /// Lists in words what is there; nothing when a fleet was removed whole.
     pub fn leftovers(&self) -> Vec<String> {
-        let bridges = self.bridges.keys().map(|name| format!("bridge {name}"));
+        let bridges = self.bridges.iter().map(|name| format!("bridge {name}"));
         let taps = self.listed_taps.iter().map(|name| format!("rule for {name}"));
         let runs = self.run_dirs.iter().map(|instance| format!("run directory of {instance}"));
         let disks = self.data_disks.keys().map(|at| format!("data disk of {at}"));
@@ -58,11 +60,12 @@ struct Inner {
 pub struct FakeHost {
     inner: Arc<Mutex<Inner>>,
     switch: Arc<KillSwitch>,
+    file: Option<PathBuf>,
 }
 
 impl Default for FakeHost {
     fn default() -> Self {
-        Self { inner: Arc::default(), switch: KillSwitch::never() }
+        Self { inner: Arc::default(), switch: KillSwitch::never(), file: None }
     }
 }
 
@@ -79,6 +82,33 @@ impl FakeHost {
         host
     }
 
+    /// Goes on with the host of a file, in which it is kept when [`FakeHost::save`] is called.
+    ///
+    /// # Errors
+    /// When there is a file and it cannot be read.
+    pub fn kept_in(file: PathBuf) -> std::io::Result<Self> {
+        let host = Self { file: Some(file.clone()), ..Self::default() };
+        match std::fs::read(&file) {
+            Ok(content) => host.lock().state = serde_json::from_slice(&content)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        Ok(host)
+    }
+
+    /// Writes the host down, if there was any effect on it.
+    pub fn save(&self) -> std::io::Result<()> {
+        let (Some(file), inner) = (&self.file, self.lock()) else { return Ok(()) };
+        if inner.count > 0 {
+            let dir = file.parent().unwrap_or(std::path::Path::new("."));
+            std::fs::create_dir_all(dir)?;
+            let mut new = tempfile::NamedTempFile::new_in(dir)?;
+            new.write_all(&serde_json::to_vec(&inner.state)?)?;
+            new.persist(file)?;
+        }
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -86,7 +116,7 @@ impl FakeHost {
     /// Returns the same host as the next process of mvm finds it, which has its own fate; the count begins at 0.
     pub fn next_process(&self, switch: Arc<KillSwitch>) -> Self {
         self.lock().count = 0;
-        Self { inner: self.inner.clone(), switch }
+        Self { inner: self.inner.clone(), switch, file: self.file.clone() }
     }
 
     /// Makes the effect of that number fail with a message; nothing of it happens.
@@ -150,7 +180,7 @@ impl Host for FakeHost {
         self.effect(
             || format!("ensure_tenant_network {}", network.bridge()),
             |state| {
-                state.bridges.insert(network.bridge(), *network);
+                state.bridges.insert(network.bridge());
                 state.forwards = true;
                 Ok(())
             },
@@ -171,7 +201,7 @@ impl Host for FakeHost {
         self.effect(
             || format!("create_tap {}", network.tap()),
             |state| {
-                if !state.bridges.contains_key(&network.tenant.bridge()) {
+                if !state.bridges.contains(&network.tenant.bridge()) {
                     return Err(format!("there is no bridge {}", network.tenant.bridge()));
                 }
                 if !state.listed_taps.contains(&network.tap()) {
@@ -216,7 +246,7 @@ impl Host for FakeHost {
     fn verify_network(&self, ruleset: &Ruleset) -> Result<Vec<NetworkCheck>, HostError> {
         self.look(|state| {
             let bridges = ruleset.tenants.iter().map(|(tenant, _)| {
-                let missing = !state.bridges.contains_key(&tenant.bridge());
+                let missing = !state.bridges.contains(&tenant.bridge());
                 NetworkCheck { what: format!("bridge {} is there", tenant.bridge()), fault: missing.then(|| "it is missing".to_owned()) }
             });
             let stale = ruleset.fingerprint().ok() != state.ruleset;
@@ -258,7 +288,7 @@ impl Host for FakeHost {
 
     fn observe_network(&self) -> Result<ObservedNetwork, HostError> {
         self.look(|state| ObservedNetwork {
-            bridges: state.bridges.keys().cloned().collect(),
+            bridges: state.bridges.clone(),
             ruleset: state.ruleset.clone(),
             forwards: state.forwards,
         })
@@ -289,7 +319,7 @@ impl Host for FakeHost {
         self.effect(
             || format!("ensure_data_disk {at}"),
             |state| {
-                let disk = state.data_disks.entry(at.clone()).or_insert(size_mib);
+                let disk = state.data_disks.entry(at.to_string()).or_insert(size_mib);
                 if *disk > size_mib {
                     return Err(format!("it has {disk} MiB and cannot shrink to {size_mib} MiB"));
                 }
@@ -300,7 +330,7 @@ impl Host for FakeHost {
     }
 
     fn open_data_disk(&self, at: &InstanceAddress) -> Result<OwnedFd, HostError> {
-        if self.look(|state| state.data_disks.contains_key(at))? {
+        if self.look(|state| state.data_disks.contains_key(&at.to_string()))? {
             return null();
         }
         Err(HostError::Failed { what: format!("cannot open the data disk of {at}"), why: "it was not made".into() })
@@ -321,7 +351,7 @@ impl Host for FakeHost {
         self.effect(
             || format!("remove_instance_files {at}"),
             |state| {
-                state.data_disks.remove(at);
+                state.data_disks.remove(&at.to_string());
                 Ok(())
             },
         )
@@ -333,7 +363,7 @@ impl Host for FakeHost {
 
     fn sweep(&self, expected: &HostExpectations) -> Result<Vec<String>, HostError> {
         let stray = self.look(|state| {
-            let bridges: Vec<String> = state.bridges.keys().filter(|name| !expected.bridges.contains(*name)).cloned().collect();
+            let bridges: Vec<String> = state.bridges.difference(&expected.bridges).cloned().collect();
             let runs: Vec<InstanceId> = state.run_dirs.difference(&expected.instances).cloned().collect();
             (bridges, runs)
         })?;
@@ -344,7 +374,7 @@ impl Host for FakeHost {
         self.effect(
             || "sweep".into(),
             |state| {
-                state.bridges.retain(|name, _| !bridges.contains(name));
+                state.bridges.retain(|name| !bridges.contains(name));
                 state.run_dirs.retain(|instance| !runs.contains(instance));
                 let bridges = bridges.iter().map(|name| format!("bridge {name}"));
                 Ok(bridges.chain(runs.iter().map(|instance| format!("directory of {instance}"))).collect())

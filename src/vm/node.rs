@@ -128,7 +128,7 @@ impl Node {
     pub fn open(paths: Paths, seams: Seams, uids: VmmUids) -> Result<Self, LifecycleError> {
         let id = match seams.documents.read::<NodeDoc>(keys::NODE)? {
             Some(doc) => doc.node_id,
-            None => Self::initialize(&seams)?,
+            None => Self::ensure_id(&seams.documents, &*seams.random)?,
         };
         Ok(Self { id, paths, uids, dns: Vec::new(), boot_timeout: Duration::from_secs(60), seams, ledgers: Mutex::default() })
     }
@@ -140,16 +140,17 @@ impl Node {
         Ok(Self { id, paths, uids, dns: Vec::new(), boot_timeout: Duration::from_secs(60), seams, ledgers: Mutex::default() })
     }
 
-    fn initialize(seams: &Seams) -> Result<NodeId, LifecycleError> {
-        let _guard = seams.documents.raw().lock(keys::NODE, Wait::Until(Instant::now() + LOCK_PATIENCE))?;
-        if let Some(doc) = seams.documents.read::<NodeDoc>(keys::NODE)? {
+    /// Returns the node's id, which a new state directory gets here.
+    pub fn ensure_id(documents: &Documents, random: &(dyn Fn(&mut [u8]) + Send + Sync)) -> Result<NodeId, LifecycleError> {
+        let _guard = documents.raw().lock(keys::NODE, Wait::Until(Instant::now() + LOCK_PATIENCE))?;
+        if let Some(doc) = documents.read::<NodeDoc>(keys::NODE)? {
             return Ok(doc.node_id);
         }
         let mut bits = [0; 4];
-        (seams.random)(&mut bits);
+        random(&mut bits);
         let node_id: NodeId = format!("n{:08x}", u32::from_be_bytes(bits)).parse().expect("n and eight hex digits are a node id");
         let doc = NodeDoc { version: NodeDoc::VERSION, node_id: node_id.clone(), retired_net_ids: BTreeMap::new(), admitted: None };
-        seams.documents.write(keys::NODE, &doc)?;
+        documents.write(keys::NODE, &doc)?;
         Ok(node_id)
     }
 

@@ -71,7 +71,7 @@ fn validate_tenant(tenant: &DesiredTenant, place: &str, problem: &mut impl FnMut
 }
 
 /// Returns what makes no sense in one pool alone: the field below the pool, and why.
-pub(crate) fn pool_problems(pool: &PoolSpec) -> Vec<(String, String)> {
+pub fn pool_problems(pool: &PoolSpec) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let resources = &pool.instance_resources;
     if !(1..=32).contains(&resources.vcpus) {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use mvm_types::RevisionId;
 
 use super::config::PoolSpec;
+use crate::image;
 
 /// A built image, ready to boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +50,38 @@ pub trait ImageSource: Send + Sync {
 
     /// Finds a built image and checks that it is whole, as far as sizes tell.
     fn open(&self, revision: &RevisionId) -> Result<Image, ImageError>;
+}
+
+/// The image that mvm carries itself, made once per node below a directory.
+pub struct BuiltinImages {
+    images: PathBuf,
+}
+
+impl BuiltinImages {
+    /// Takes the directory; nothing is made yet.
+    pub fn new(images: PathBuf) -> Self {
+        Self { images }
+    }
+}
+
+impl ImageSource for BuiltinImages {
+    fn ensure(&self, spec: &PoolSpec, progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError> {
+        let refused = |error: crate::image::ImageError| ImageError::Build {
+            flake_ref: spec.flake_ref.clone(),
+            profile: spec.profile.to_string(),
+            why: crate::vm::error::with_causes(&error),
+        };
+        let agent = image::find_agent(std::env::var_os(image::AGENT_VARIABLE).as_deref()).map_err(refused)?;
+        let built = image::builtin::ensure(&self.images, &agent, progress).map_err(refused)?;
+        Ok(built.manifest.revision.clone())
+    }
+
+    fn open(&self, revision: &RevisionId) -> Result<Image, ImageError> {
+        let unusable = |why: String| ImageError::Unusable { revision: revision.clone(), why };
+        let opened = image::Image::open(&self.images.join(revision.as_str())).map_err(|error| unusable(crate::vm::error::with_causes(&error)))?;
+        let image = opened.ok_or_else(|| unusable("it is not there".to_owned()))?;
+        Ok(Image { revision: revision.clone(), kernel: image.vmlinux(), initrd: Some(image.initrd()), rootfs: image.rootfs() })
+    }
 }
 
 /// Images that need no building and boot nothing: for the simulation.

@@ -4,5 +4,5 @@ mod build;
 mod config;
 mod lifecycle;
 
-pub use build::{Image, ImageError, ImageSource, SimulatedImages};
+pub use build::{BuiltinImages, Image, ImageError, ImageSource, SimulatedImages};
 pub use config::{BUILTIN, Blueprint, DesiredCounts, InstanceResources, PoolDoc, PoolSpec, RestartPolicy, RuntimePolicy, Workload};

@@ -1,0 +1,235 @@
+//! Arguments that several commands share, and what they mean on a node.
+
+use std::io::{BufRead, IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use mvm_types::{InstanceAddress, InstanceSelector, PoolAddress, ProfileName, Role};
+
+use super::exit::{CliError, Exit};
+use crate::agent::desired::{DesiredState, Format, MAX_DOCUMENT, parse};
+use crate::vm::error::LifecycleError;
+use crate::vm::node::Node;
+use crate::vm::pool::PoolSpec;
+use crate::vm::tenant::Quotas;
+
+/// Reads a desired-state document; `-` is standard input.
+pub fn read_document(file: &Path) -> Result<DesiredState, CliError> {
+    let invalid = |text: String| CliError::new(Exit::Usage, text);
+    let mut bytes = Vec::new();
+    let limit = MAX_DOCUMENT as u64 + 1;
+    let read = if file == Path::new("-") {
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes)
+    } else {
+        std::fs::File::open(file).and_then(|open| open.take(limit).read_to_end(&mut bytes))
+    };
+    read.map_err(|error| invalid(format!("{}: {error}", file.display())))?;
+    let text = String::from_utf8(bytes).map_err(|error| invalid(format!("{}: not UTF-8 at byte {}", file.display(), error.utf8_error().valid_up_to())))?;
+    parse(&text, Format::of(file, &text)).map_err(|error| {
+        let lines: Vec<String> = error.to_string().lines().map(|line| format!("{}: {line}", file.display())).collect();
+        invalid(lines.join("\nmvm: "))
+    })
+}
+
+/// Finds the one instance that a selector means.
+pub fn resolve(node: &Node, selector: &InstanceSelector) -> Result<InstanceAddress, CliError> {
+    let pool = PoolAddress::new(selector.tenant.clone(), selector.pool.clone());
+    node.pool(&pool)?;
+    let ids = node.instances(&pool)?;
+    let found: Vec<_> = ids.iter().filter(|id| selector.matches(id)).collect();
+    match found[..] {
+        [id] => Ok(InstanceAddress::new(pool.tenant, pool.pool, id.clone())),
+        [] => {
+            let known = ids.iter().map(|id| format!("{pool}/{id}")).collect();
+            Err(LifecycleError::NotFound { kind: "instance", name: selector.to_string(), known }.into())
+        }
+        _ => {
+            let list: Vec<String> = found.iter().map(ToString::to_string).collect();
+            Err(CliError::new(Exit::Usage, format!("{selector} can mean {}; write more of the id", list.join(", "))))
+        }
+    }
+}
+
+/// Asks before something is destroyed; without a terminal `--yes` has to say so.
+pub fn confirm(yes: bool, question: &str) -> Result<(), CliError> {
+    if yes {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(CliError::new(Exit::Refused, format!("{question} Say so with --yes")));
+    }
+    eprint!("{question} [y/N] ");
+    std::io::stderr().flush()?;
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { Err(CliError::new(Exit::Refused, "nothing was changed")) }
+}
+
+/// Quotas on the command line; what is left out is not changed, 0 instances mean none at all.
+#[derive(Debug, Args)]
+pub struct QuotaArgs {
+    /// Virtual CPUs of all running and warm instances
+    #[arg(long, value_name = "N")]
+    max_vcpus: Option<u32>,
+    /// Memory of all running and warm instances, in MiB
+    #[arg(long, value_name = "MIB")]
+    max_mem_mib: Option<u64>,
+    /// Running instances
+    #[arg(long, value_name = "N")]
+    max_running: Option<u32>,
+    /// Warm instances
+    #[arg(long, value_name = "N")]
+    max_warm: Option<u32>,
+    /// Pools
+    #[arg(long, value_name = "N")]
+    max_pools: Option<u32>,
+    /// Instances in any state in one pool
+    #[arg(long, value_name = "N")]
+    max_instances_per_pool: Option<u32>,
+    /// Data disks of all instances, in GiB
+    #[arg(long, value_name = "GIB")]
+    max_disk_gib: Option<u64>,
+    /// Lift a quota again, by its name
+    #[arg(long, value_name = "QUOTA")]
+    unlimited: Vec<String>,
+}
+
+impl QuotaArgs {
+    /// Changes quotas as the arguments say.
+    pub fn change(&self, quotas: &Quotas) -> Result<Quotas, CliError> {
+        let mut new = Quotas {
+            max_vcpus: self.max_vcpus.or(quotas.max_vcpus),
+            max_mem_mib: self.max_mem_mib.or(quotas.max_mem_mib),
+            max_running: self.max_running.or(quotas.max_running),
+            max_warm: self.max_warm.or(quotas.max_warm),
+            max_pools: self.max_pools.or(quotas.max_pools),
+            max_instances_per_pool: self.max_instances_per_pool.or(quotas.max_instances_per_pool),
+            max_disk_gib: self.max_disk_gib.or(quotas.max_disk_gib),
+        };
+        for name in &self.unlimited {
+            match name.replace('-', "_").as_str() {
+                "max_vcpus" => new.max_vcpus = None,
+                "max_mem_mib" => new.max_mem_mib = None,
+                "max_running" => new.max_running = None,
+                "max_warm" => new.max_warm = None,
+                "max_pools" => new.max_pools = None,
+                "max_instances_per_pool" => new.max_instances_per_pool = None,
+                "max_disk_gib" => new.max_disk_gib = None,
+                _ => {
+                    let known = "max_vcpus, max_mem_mib, max_running, max_warm, max_pools, max_instances_per_pool, max_disk_gib";
+                    return Err(CliError::new(Exit::Usage, format!("--unlimited: there is no quota {name:?}; quotas are {known}")));
+                }
+            }
+        }
+        Ok(new)
+    }
+}
+
+/// What a pool's instances are, on the command line; what is left out is not changed.
+#[derive(Debug, Args)]
+pub struct SpecArgs {
+    /// The flake that the image is built from; `builtin` needs none
+    #[arg(long, value_name = "REF")]
+    flake_ref: Option<String>,
+    /// The image's profile
+    #[arg(long)]
+    profile: Option<ProfileName>,
+    /// Virtual CPUs of each instance
+    #[arg(long, value_name = "N")]
+    vcpus: Option<u8>,
+    /// Memory of each instance, in MiB
+    #[arg(long, value_name = "MIB")]
+    mem_mib: Option<u32>,
+    /// Data disk of each instance, in MiB
+    #[arg(long, value_name = "MIB")]
+    data_disk_mib: Option<u64>,
+    /// How many instances run
+    #[arg(long, value_name = "N")]
+    pub running: Option<u32>,
+    /// How many instances are warm
+    #[arg(long, value_name = "N")]
+    pub warm: Option<u32>,
+    /// How many instances sleep
+    #[arg(long, value_name = "N")]
+    pub sleeping: Option<u32>,
+    /// Seconds that an instance runs at least before a plan takes it down
+    #[arg(long, value_name = "SECONDS")]
+    min_running_seconds: Option<u32>,
+    /// Seconds that an instance is warm at least before a plan takes it down
+    #[arg(long, value_name = "SECONDS")]
+    min_warm_seconds: Option<u32>,
+    /// Seconds that a guest may take to end running work
+    #[arg(long, value_name = "SECONDS")]
+    drain_timeout_seconds: Option<u32>,
+    /// Seconds that a guest may take to shut down
+    #[arg(long, value_name = "SECONDS")]
+    graceful_shutdown_seconds: Option<u32>,
+}
+
+impl SpecArgs {
+    /// Changes a declaration as the arguments say.
+    pub fn change(&self, spec: &mut PoolSpec) {
+        fn set<T: Clone>(field: &mut T, value: &Option<T>) {
+            if let Some(value) = value {
+                field.clone_from(value);
+            }
+        }
+        set(&mut spec.flake_ref, &self.flake_ref);
+        set(&mut spec.profile, &self.profile);
+        set(&mut spec.instance_resources.vcpus, &self.vcpus);
+        set(&mut spec.instance_resources.mem_mib, &self.mem_mib);
+        set(&mut spec.instance_resources.data_disk_mib, &self.data_disk_mib);
+        set(&mut spec.desired_counts.running, &self.running);
+        set(&mut spec.desired_counts.warm, &self.warm);
+        set(&mut spec.desired_counts.sleeping, &self.sleeping);
+        set(&mut spec.runtime_policy.min_running_seconds, &self.min_running_seconds);
+        set(&mut spec.runtime_policy.min_warm_seconds, &self.min_warm_seconds);
+        set(&mut spec.runtime_policy.drain_timeout_seconds, &self.drain_timeout_seconds);
+        set(&mut spec.runtime_policy.graceful_shutdown_seconds, &self.graceful_shutdown_seconds);
+    }
+}
+
+/// Parses a role; the error lists the roles.
+pub fn role(given: &str) -> Result<Role, String> {
+    given.parse().map_err(|error: mvm_types::RoleError| error.to_string())
+}
+
+/// Parses a span of time: `90`, `90s`, `5m`, `1h`.
+pub fn span(given: &str) -> Result<std::time::Duration, String> {
+    let (digits, factor) = match given.trim_end_matches(|c: char| c.is_ascii_alphabetic()) {
+        digits if digits.len() == given.len() => (digits, 1),
+        digits => match &given[digits.len()..] {
+            "s" => (digits, 1),
+            "m" => (digits, 60),
+            "h" => (digits, 3600),
+            _ => return Err(format!("{given:?} is not a span of time; one looks like 90s, 5m or 1h")),
+        },
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{given:?} is not a span of time; one looks like 90s, 5m or 1h"))?;
+    number.checked_mul(factor).filter(|seconds| *seconds <= 7 * 86_400).map(std::time::Duration::from_secs).ok_or_else(|| format!("{given:?} is more than a week"))
+}
+
+/// Where a secret's value comes from: never the argument list, which other users can see.
+#[derive(Debug, Args)]
+pub struct ValueArgs {
+    /// Read the value from a file; `-` is standard input
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub from_file: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn spans_are_seconds_minutes_or_hours() {
+        assert_eq!(span("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(span("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(span("1h"), Ok(Duration::from_secs(3600)));
+        for bad in ["", "m", "5x", "-1", "1.5s", "99999999999999999999", "9999999h"] {
+            assert!(span(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The command line: one file per noun, from arguments to library calls to [`crate::infra::display`].
+
+mod agent;
+mod apply;
+mod args;
+mod doctor;
+mod events;
+pub mod exit;
+mod guest;
+mod instance;
+mod net;
+mod node;
+pub mod open;
+mod pool;
+mod progress;
+mod reference;
+mod status;
+mod tenant;
+mod throwaway;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use exit::{CliError, Exit};
+use open::Globals;
+
+pub use reference::reference;
+
+/// What a command ends with.
+pub type CliResult = Result<Exit, CliError>;
+
+/// Runs fleets of microVMs for many tenants from a declared state
+#[derive(Debug, Parser)]
+#[command(
+    name = "mvm",
+    version,
+    propagate_version = true,
+    max_term_width = 120,
+    after_help = "Examples:\n  mvm apply -f fleet.toml          make what the file declares\n  mvm status                       what there is\n  mvm exec acme/web/1a2b -- ps     run a command in an instance\n\nExit codes: 0 done, 1 failed, 2 usage or invalid input, 3 not found, 4 refused by policy, quota or state, 5 timed out, 6 partly done; `exec` and `run` give the guest command's own."
+)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub globals: Globals,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make what a file declares, and wait until it is ready
+    Apply(apply::ApplyArgs),
+    /// Show what apply would do, and change nothing
+    Plan(apply::PlanArgs),
+    /// Show tenants, pools and instances
+    Status(status::StatusArgs),
+    /// One reconcile pass, and the document that describes what is there
+    #[command(subcommand)]
+    Agent(agent::AgentCommand),
+    /// Tenants: the boundary of security, quota and network
+    #[command(subcommand)]
+    Tenant(tenant::TenantCommand),
+    /// Pools: groups of equal instances
+    #[command(subcommand)]
+    Pool(pool::PoolCommand),
+    /// Instances: microVMs
+    #[command(subcommand)]
+    Instance(instance::InstanceCommand),
+    /// Run a command in an instance
+    Exec(guest::ExecArgs),
+    /// Open a shell in an instance
+    Shell(guest::ShellArgs),
+    /// Copy files to and from an instance
+    Cp(guest::CpArgs),
+    /// Show what an instance's workload, agent, console or VMM says
+    Logs(guest::LogsArgs),
+    /// Show what was done, or check that the record was not changed
+    Events(events::EventsArgs),
+    /// Run a command in a throw-away microVM
+    Run(throwaway::RunArgs),
+    /// This host
+    #[command(subcommand)]
+    Node(node::NodeCommand),
+    /// The tenants' networks
+    #[command(subcommand)]
+    Net(net::NetCommand),
+    /// Check whether this host can run microVMs, and say how to mend what is wrong
+    Doctor,
+    /// Write the JSON Schema of the desired-state document
+    Schema,
+    /// Write completions for a shell
+    #[command(after_help = "Example:\n  mvm completions bash > /etc/bash_completion.d/mvm")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the reference of all commands as Markdown
+    #[command(hide = true)]
+    Reference,
+}
+
+/// Carries out a command.
+pub fn run(cli: Cli) -> CliResult {
+    let globals = &cli.globals;
+    match cli.command {
+        Command::Apply(args) => apply::apply(globals, &args),
+        Command::Plan(args) => apply::plan(globals, &args),
+        Command::Status(args) => status::status(globals, &args),
+        Command::Agent(command) => agent::run(globals, command),
+        Command::Tenant(command) => tenant::run(globals, command),
+        Command::Pool(command) => pool::run(globals, command),
+        Command::Instance(command) => instance::run(globals, command),
+        Command::Exec(args) => guest::exec(globals, args),
+        Command::Shell(args) => guest::shell(globals, &args),
+        Command::Cp(args) => guest::cp(globals, &args),
+        Command::Logs(args) => guest::logs(globals, &args),
+        Command::Events(args) => events::run(globals, &args),
+        Command::Run(args) => throwaway::run(globals, args),
+        Command::Node(command) => node::run(globals, &command),
+        Command::Net(command) => net::run(globals, &command),
+        Command::Doctor => doctor::run(globals),
+        Command::Schema => {
+            crate::infra::display::write_out(&crate::infra::display::to_json(&crate::agent::desired::json_schema())?)?;
+            Ok(Exit::Done)
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "mvm", &mut script);
+            crate::infra::display::write_out(&String::from_utf8_lossy(&script))?;
+            Ok(Exit::Done)
+        }
+        Command::Reference => {
+            crate::infra::display::write_out(&reference())?;
+            Ok(Exit::Done)
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! `mvm node`.
+
+use clap::Subcommand;
+use serde::Serialize;
+
+use super::CliResult;
+use super::exit::{CliError, Exit};
+use super::open::{Globals, Intent, open};
+use crate::agent::observe::observe;
+use crate::host::HostFacts;
+use crate::infra::display::print_info;
+use crate::vm::instance::StateName;
+use crate::vm::node::Node;
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Show what this host is and what it can run
+    Info,
+    /// Show what the instances of this host use
+    Stats,
+}
+
+#[derive(Serialize)]
+struct NodeInfo {
+    node: String,
+    state_dir: String,
+    run_dir: String,
+    vmm: String,
+    vmm_build: Option<String>,
+    acceleration: Option<String>,
+    guest_memory_mib: u64,
+    facts: HostFacts,
+}
+
+#[derive(Serialize)]
+struct NodeStats {
+    tenants: usize,
+    pools: usize,
+    instances: usize,
+    running: usize,
+    warm: usize,
+    sleeping: usize,
+    guest_memory_mib: u64,
+    guest_memory_used_mib: u64,
+    vmm_rss_kib: u64,
+    vmm_cpu_ms: u64,
+}
+
+/// Carries out a verb.
+pub fn run(globals: &Globals, command: &NodeCommand) -> CliResult {
+    let opened = open(globals, Intent::Look)?;
+    match command {
+        NodeCommand::Info => info(globals, &opened.node)?,
+        NodeCommand::Stats => stats(globals, &opened.node)?,
+    }
+    Ok(Exit::Done)
+}
+
+fn info(globals: &Globals, node: &Node) -> Result<(), CliError> {
+    let facts = node.host().facts()?;
+    let stamp = node.vmm().stamp();
+    let memory = node.host().guest_memory_mib()?;
+    let (build, acceleration) = match &stamp {
+        Ok(stamp) => (stamp.build.clone(), format!("{:?}", stamp.acceleration).to_lowercase()),
+        Err(error) => (error.to_string(), "not known yet".to_owned()),
+    };
+    let lines = [
+        ("node", node.id.to_string()),
+        ("state directory", node.paths.state().display().to_string()),
+        ("run directory", node.paths.run().display().to_string()),
+        ("vmm", node.vmm().kind().as_str().to_owned()),
+        ("vmm build", build),
+        ("acceleration", acceleration),
+        ("kernel", facts.kernel.clone()),
+        ("processors", facts.cpus.to_string()),
+        ("memory MiB", format!("{} of {} available", facts.memory_available_mib, facts.memory_total_mib)),
+        ("for guests MiB", memory.to_string()),
+        ("state disk MiB", format!("{} of {} free", facts.state_free_mib, facts.state_total_mib)),
+    ];
+    let info = NodeInfo {
+        node: node.id.to_string(),
+        state_dir: node.paths.state().display().to_string(),
+        run_dir: node.paths.run().display().to_string(),
+        vmm: node.vmm().kind().as_str().to_owned(),
+        vmm_build: stamp.as_ref().ok().map(|stamp| stamp.build.clone()),
+        acceleration: stamp.as_ref().ok().map(|stamp| format!("{:?}", stamp.acceleration).to_lowercase()),
+        guest_memory_mib: memory,
+        facts,
+    };
+    Ok(print_info(&info, &lines, globals.format())?)
+}
+
+fn stats(globals: &Globals, node: &Node) -> Result<(), CliError> {
+    let observed = observe(node)?;
+    let pools: Vec<_> = observed.tenants.values().flat_map(|tenant| tenant.pools.values()).collect();
+    let instances: Vec<_> = pools.iter().flat_map(|pool| &pool.instances).collect();
+    let count = |state| instances.iter().filter(|one| one.doc.state.name() == state && !one.needs_recovery()).count();
+    let with_machine = || instances.iter().filter(|one| !one.needs_recovery()).filter_map(|one| Some((one, one.doc.state.vm()?)));
+    let used: Vec<_> = with_machine().filter_map(|(_, vm)| node.vmm().stats(vm).ok()).collect();
+    let stats = NodeStats {
+        tenants: observed.tenants.len(),
+        pools: pools.len(),
+        instances: instances.len(),
+        running: count(StateName::Running),
+        warm: count(StateName::Warm),
+        sleeping: count(StateName::Sleeping),
+        guest_memory_mib: observed.capacity_mib,
+        guest_memory_used_mib: with_machine().map(|(one, _)| u64::from(one.doc.blueprint.resources.mem_mib)).sum(),
+        vmm_rss_kib: used.iter().map(|used| used.rss_kib).sum(),
+        vmm_cpu_ms: used.iter().map(|used| used.cpu_ms).sum(),
+    };
+    let lines = [
+        ("tenants", stats.tenants.to_string()),
+        ("pools", stats.pools.to_string()),
+        ("instances", stats.instances.to_string()),
+        ("running", stats.running.to_string()),
+        ("warm", stats.warm.to_string()),
+        ("sleeping", stats.sleeping.to_string()),
+        ("guest memory MiB", format!("{} of {}", stats.guest_memory_used_mib, stats.guest_memory_mib)),
+        ("VMM resident KiB", stats.vmm_rss_kib.to_string()),
+        ("VMM CPU ms", stats.vmm_cpu_ms.to_string()),
+    ];
+    Ok(print_info(&stats, &lines, globals.format())?)
+}

@@ -1,0 +1,267 @@
+//! Puts the node together from the options: which directories, which driver.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use mvm_types::NodeId;
+
+use super::exit::{CliError, Exit};
+use crate::audit::Audit;
+use crate::guest::SerialChannel;
+use crate::host::{FakeHost, LocalHost};
+use crate::infra::clock::SystemClock;
+use crate::infra::display::OutputFormat;
+use crate::infra::paths::{DEFAULT_STATE_DIR, Paths};
+use crate::store::{DocumentStore, Documents, FileStore};
+use crate::vm::node::{Node, NodeDoc, Seams, VmmUids};
+use crate::vm::pool::{BuiltinImages, SimulatedImages};
+use crate::vm::tenant::NodeSealer;
+use crate::vmm::qemu::{AccelerationChoice, Qemu, QemuOptions};
+use crate::vmm::simulated::{Script, SimulatedVmm};
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Globals {
+    /// Where the node's state is kept
+    #[arg(long, global = true, env = "MVM_STATE_DIR", default_value = DEFAULT_STATE_DIR, value_name = "DIR", help_heading = "Global options")]
+    pub state_dir: PathBuf,
+    /// Where sockets and locks are kept [default: /run/mvm, or /run/mvm-<hash> for another state directory]
+    #[arg(long, global = true, env = "MVM_RUN_DIR", value_name = "DIR", help_heading = "Global options")]
+    pub run_dir: Option<PathBuf>,
+    /// Which virtual machine monitor; `simulated` rehearses a fleet without touching the host
+    #[arg(long, global = true, env = "MVM_VMM", default_value = "auto", value_name = "VMM", help_heading = "Global options")]
+    pub vmm: VmmChoice,
+    /// How QEMU executes guests; `auto` takes KVM where a guest boots with it, and software (TCG) elsewhere
+    #[arg(long, global = true, env = "MVM_ACCEL", default_value = "auto", value_name = "ACCEL", help_heading = "Global options")]
+    pub accel: AccelChoice,
+    /// A script of delays and failures for `--vmm simulated` (TOML)
+    #[arg(long, global = true, env = "MVM_SIMULATION", value_name = "FILE", help_heading = "Global options")]
+    pub simulation: Option<PathBuf>,
+    /// How listings are written
+    #[arg(long, short, global = true, default_value = "table", value_name = "FORMAT", help_heading = "Global options")]
+    pub output: OutputChoice,
+    /// Tell more on standard error (twice: everything)
+    #[arg(long, short, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]
+    pub verbose: u8,
+    /// How messages on standard error are written
+    #[arg(long, global = true, default_value = "text", value_name = "FORMAT", help_heading = "Global options")]
+    pub log_format: LogFormat,
+}
+
+/// Which driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VmmChoice {
+    /// The best that this host can use
+    Auto,
+    /// QEMU's microvm machine
+    Qemu,
+    /// A simulation
+    Simulated,
+}
+
+/// How QEMU executes guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AccelChoice {
+    /// KVM where a guest boots with it, else TCG
+    Auto,
+    /// In hardware
+    Kvm,
+    /// In software
+    Tcg,
+}
+
+/// How listings are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OutputChoice {
+    /// The columns that matter most
+    Table,
+    /// All columns
+    Wide,
+    /// JSON
+    Json,
+}
+
+/// How messages are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+impl Globals {
+    /// How listings are written.
+    pub fn format(&self) -> OutputFormat {
+        match self.output {
+            OutputChoice::Table => OutputFormat::Table,
+            OutputChoice::Wide => OutputFormat::Wide,
+            OutputChoice::Json => OutputFormat::Json,
+        }
+    }
+
+    /// The node's directories.
+    pub fn paths(&self) -> Paths {
+        let absolute = |dir: &PathBuf| std::path::absolute(dir).unwrap_or_else(|_| dir.clone());
+        Paths::new(absolute(&self.state_dir), self.run_dir.as_ref().map(absolute))
+    }
+}
+
+/// An open node, and what has to be written when the command is over.
+pub struct Opened {
+    /// The node.
+    pub node: Node,
+    simulation: Option<(SimulatedVmm, FakeHost)>,
+}
+
+impl Opened {
+    /// Keeps the simulated machines for the next command.
+    pub fn close(self) -> Result<(), CliError> {
+        if let Some((vmm, host)) = &self.simulation {
+            vmm.save()?;
+            host.save()?;
+        }
+        Ok(())
+    }
+}
+
+/// What a command is going to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Intent {
+    /// Only look.
+    Look,
+    /// Change something.
+    Change,
+}
+
+/// Opens the node.
+pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
+    let paths = globals.paths();
+    let store: Arc<dyn DocumentStore> = Arc::new(FileStore::new(paths.state().to_owned(), paths.run().join("locks")));
+    let documents = Documents::new(store.clone());
+    let clock = Arc::new(SystemClock::new());
+    let audit = Audit::new(store, clock.clone(), who());
+    let simulated = globals.vmm == VmmChoice::Simulated;
+    if intent == Intent::Change && !simulated && !rustix::process::geteuid().is_root() {
+        return Err(CliError::new(Exit::Refused, "mvm changes bridges, packet filter rules and processes, for which it has to be root; try it with sudo, or rehearse with --vmm simulated"));
+    }
+    check_simulation(&paths, simulated, intent)?;
+    let random = Box::new(|bytes: &mut [u8]| {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            // Only an interrupted call gives less, and it is repeated.
+            let got = rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
+            rest = &mut rest[got..];
+        }
+    });
+    let sealer = Arc::new(NodeSealer::new(paths.state().to_owned()));
+    let uids = if rustix::process::geteuid().is_root() { VmmUids::PerInstance } else { VmmUids::Own };
+    let open = |paths, seams| match intent {
+        Intent::Look => Node::open_to_look(paths, seams, uids),
+        Intent::Change => Node::open(paths, seams, uids),
+    };
+    if simulated {
+        let script = match &globals.simulation {
+            None => Script::default(),
+            Some(file) => {
+                let invalid = |why: String| CliError::new(Exit::Usage, format!("{}: {why}", file.display()));
+                let text = std::fs::read_to_string(file).map_err(|error| invalid(error.to_string()))?;
+                toml::from_str(&text).map_err(|error| invalid(error.to_string()))?
+            }
+        };
+        let unreadable = |file: &str, error: std::io::Error| CliError::new(Exit::Failed, format!("{file} of the run directory: {error}"));
+        let vmm = SimulatedVmm::kept_in(paths.run().join("simulated-vmm.json"), script).map_err(|error| unreadable("simulated-vmm.json", error))?;
+        let host = FakeHost::kept_in(paths.run().join("simulated-host.json")).map_err(|error| unreadable("simulated-host.json", error))?;
+        let seams = Seams {
+            documents,
+            host: Arc::new(host.clone()),
+            vmm: Arc::new(vmm.clone()),
+            guests: Arc::new(vmm.clone()),
+            images: Arc::new(SimulatedImages),
+            clock,
+            random,
+            sealer,
+            audit,
+        };
+        return Ok(Opened { node: open(paths, seams)?, simulation: Some((vmm, host)) });
+    }
+    let acceleration = match globals.accel {
+        AccelChoice::Auto => AccelerationChoice::Auto,
+        AccelChoice::Kvm => AccelerationChoice::Kvm,
+        AccelChoice::Tcg => AccelerationChoice::Tcg,
+    };
+    let binary = format!("qemu-system-{}", std::env::consts::ARCH);
+    let binary = find_program(&binary).unwrap_or_else(|| PathBuf::from("/usr/bin").join(binary));
+    let qemu = Qemu::new(QemuOptions { binary, facts_file: paths.run().join("qemu.json"), acceleration })?;
+    // The node's mark on bridges needs the id before the node is open.
+    let id = documents.read::<NodeDoc>(crate::vm::keys::NODE).map_err(crate::vm::error::LifecycleError::from)?.map(|doc| doc.node_id);
+    let id = match (id, intent) {
+        (Some(id), _) => id,
+        (None, Intent::Look) => "unborn".parse::<NodeId>().expect("unborn is a node id"),
+        (None, Intent::Change) => Node::ensure_id(&documents, &*random)?,
+    };
+    let seams = Seams {
+        documents,
+        host: Arc::new(LocalHost::new(paths.clone(), &id)),
+        vmm: Arc::new(qemu),
+        guests: Arc::new(SerialChannel),
+        images: Arc::new(BuiltinImages::new(paths.images())),
+        clock,
+        random,
+        sealer,
+        audit,
+    };
+    let mut node = open(paths, seams)?;
+    node.dns = name_servers();
+    Ok(Opened { node, simulation: None })
+}
+
+/// A state directory is either simulated or real for its whole life: its instances are not where the other driver looks.
+fn check_simulation(paths: &Paths, simulated: bool, intent: Intent) -> Result<(), CliError> {
+    let mark = paths.state().join("simulated");
+    let real = paths.state().join("node.json").exists() && !mark.exists();
+    if simulated && real {
+        let text = format!("{} holds a real fleet; rehearse in another one: --vmm simulated --state-dir DIR", paths.state().display());
+        return Err(CliError::new(Exit::Refused, text));
+    }
+    if !simulated && mark.exists() {
+        let text = format!("{} holds a simulated fleet; add --vmm simulated, or take another state directory", paths.state().display());
+        return Err(CliError::new(Exit::Refused, text));
+    }
+    if simulated && intent == Intent::Change && !mark.exists() {
+        std::fs::create_dir_all(paths.state())?;
+        std::fs::write(&mark, "The instances of this state directory are simulated (mvm --vmm simulated).\n")?;
+    }
+    Ok(())
+}
+
+/// Finds a program in `PATH`, and where Debian keeps those of root.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into(), "/usr/bin".into()]);
+    dirs.map(|dir| dir.join(name)).find(|file| file.is_file())
+}
+
+/// Who asks: the user behind sudo, if there is one, and the command without its arguments' values.
+fn who() -> String {
+    let uid = rustix::process::getuid().as_raw();
+    let user = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| format!("uid {uid}"));
+    let words: Vec<String> = std::env::args().skip(1).take_while(|word| word != "--").filter(|word| !word.starts_with('-')).take(2).collect();
+    let user: String = user.chars().filter(|c| c.is_ascii_graphic()).take(32).collect();
+    format!("{user} (uid {uid}): mvm {}", words.join(" "))
+}
+
+/// The host's name servers that a guest can reach: not those on loopback.
+fn name_servers() -> Vec<Ipv4Addr> {
+    const MOST: usize = 3;
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let parse = |text: String| -> Vec<Ipv4Addr> {
+        let servers = text.lines().filter_map(|line| line.strip_prefix("nameserver")).filter_map(|rest| rest.trim().parse().ok());
+        servers.filter(|server: &Ipv4Addr| !server.is_loopback()).take(MOST).collect()
+    };
+    let direct = parse(read("/etc/resolv.conf"));
+    // systemd-resolved puts itself, on loopback, into resolv.conf, and what it asks here.
+    if direct.is_empty() { parse(read("/run/systemd/resolve/resolv.conf")) } else { direct }
+}
