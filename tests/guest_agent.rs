@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use mvm::guest::{Drained, ExecEnd, ExecRequest, Follow, GuestClient, GuestControl, GuestError, LogSource, Purpose, WakeFixup};
+use mvm::guest::{
+    Drained, ExecEnd, ExecRequest, Follow, GuestClient, GuestControl, GuestError, LogSource, Purpose, Tty, TtySize, WakeFixup,
+};
 
 /// An agent that leaves the system alone; gone with its directory afterwards.
 struct Agent {
@@ -115,6 +117,46 @@ fn commands_have_their_streams_codes_and_surroundings() {
 }
 
 #[test]
+fn a_command_has_a_terminal_whose_size_follows() {
+    let agent = Agent::start(None);
+    let mut client = agent.client(Purpose::Interactive);
+    let (sizes, windows) = tokio::sync::mpsc::channel(4);
+    let (input, mut typed) = std::io::pipe().unwrap();
+    let tty = Tty { size: Some(TtySize { rows: 20, cols: 70 }), term: "vt220".into() };
+    let script =
+        sh("echo $TERM; stty size; read line; echo got $line; trap 'stty size; exit 5' WINCH; echo set; while :; do sleep 0.02; done");
+    /// Types when asked and changes the window when told.
+    struct Screen<F: FnMut(&str)>(String, F);
+    impl<F: FnMut(&str)> Write for Screen<F> {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            let new = String::from_utf8_lossy(bytes);
+            self.0.push_str(&new);
+            (self.1)(&self.0);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut step = 0;
+    let mut screen = Screen(String::new(), |seen: &str| {
+        if step == 0 && seen.contains("20 70") {
+            step = 1;
+            typed.write_all(b"hello\r").unwrap();
+        }
+        if step == 1 && seen.contains("set\r\n") {
+            step = 2;
+            sizes.try_send((33, 99)).unwrap();
+        }
+    });
+    let end = client.exec_in_window(script, tty, windows, input, &mut screen).unwrap();
+    let seen = screen.0;
+    assert_eq!(end, ExecEnd::Code(5), "{seen}");
+    assert!(seen.starts_with("vt220\r\n20 70\r\n") && seen.contains("got hello\r\n") && seen.ends_with("33 99\r\n"), "{seen:?}");
+}
+
+#[test]
 fn large_input_and_output_pass_unchanged() {
     let agent = Agent::start(None);
     let mut client = agent.client(Purpose::Interactive);
@@ -131,8 +173,11 @@ fn a_background_process_does_not_hold_the_command() {
     let agent = Agent::start(None);
     let mut client = agent.client(Purpose::Interactive);
     let began = Instant::now();
-    assert_eq!(run(&mut client, sh("sleep 30 & echo $!")).0, ExecEnd::Code(0));
+    let (end, pid, _) = run(&mut client, sh("sleep 30 & echo $!"));
+    assert_eq!(end, ExecEnd::Code(0));
     assert!(began.elapsed() < Duration::from_secs(10));
+    let pid = String::from_utf8(pid).unwrap();
+    assert_eq!(run(&mut client, command(&["kill", pid.trim()])).0, ExecEnd::Code(0), "it was still there");
 }
 
 /// Takes the first bytes and then fails, as a reader that has gone does.

@@ -100,33 +100,59 @@ impl GuestClient {
     /// As [`GuestClient::exec`], and when standard input is not a terminal. The terminal is as before in any case.
     pub fn exec_on_terminal(&mut self, request: ExecRequest) -> Result<ExecEnd, GuestError> {
         let io = |source| GuestError::Io { what: "terminal".into(), source };
-        let size = terminal::size().map_err(io)?;
-        let term = std::env::var("TERM").unwrap_or_default();
-        let (messages, receiver) = mpsc::channel(8);
-        let start = request.into_start(Some(Tty { size: Some(size), term }), true);
-        let output = self.start(start, &messages, receiver)?;
+        let tty = Tty { size: Some(terminal::size().map_err(io)?), term: std::env::var("TERM").unwrap_or_default() };
+        let mut resized = {
+            let _inside = self.runtime.enter();
+            signal(SignalKind::window_change()).map_err(io)?
+        };
+        let (sizes, windows) = mpsc::channel(4);
+        self.runtime.spawn(async move {
+            while resized.recv().await.is_some() {
+                let Ok(size) = terminal::size() else { continue };
+                if sizes.send((size.rows, size.cols)).await.is_err() {
+                    break;
+                }
+            }
+        });
         let raw = RawMode::enter().map_err(io)?;
+        let end = self.exec_in_window(request, tty, windows, std::io::stdin(), &mut std::io::stdout());
+        drop(raw);
+        end
+    }
+
+    /// Runs a command in a terminal of the guest, shown by whatever `stdin` and `stdout` are; `windows` brings new sizes (rows,
+    /// columns).
+    ///
+    /// # Errors
+    /// As [`GuestClient::exec`].
+    pub fn exec_in_window(
+        &mut self,
+        request: ExecRequest,
+        tty: Tty,
+        mut windows: mpsc::Receiver<(u32, u32)>,
+        stdin: impl Read + Send + 'static,
+        stdout: &mut dyn Write,
+    ) -> Result<ExecEnd, GuestError> {
+        let (messages, receiver) = mpsc::channel(8);
+        let output = self.start(request.into_start(Some(tty), true), &messages, receiver)?;
         let typed = messages.clone();
-        std::thread::spawn(move || pump(std::io::stdin(), &typed));
-        let end = self.runtime.block_on(async {
-            let mut resized = signal(SignalKind::window_change()).map_err(io)?;
+        std::thread::spawn(move || pump(stdin, &typed));
+        self.runtime.block_on(async {
+            let mut nothing = std::io::sink();
             let follow_window = async {
-                while resized.recv().await.is_some() {
-                    let Ok(size) = terminal::size() else { continue };
-                    if messages.send(input(exec_input::Kind::Resize(size))).await.is_err() {
+                while let Some((rows, cols)) = windows.recv().await {
+                    let resize = exec_input::Kind::Resize(TtySize { rows, cols });
+                    if messages.send(input(resize)).await.is_err() {
                         break;
                     }
                 }
-                std::future::pending::<()>().await;
+                std::future::pending().await
             };
-            let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
             tokio::select! {
-                end = copy(output, &mut stdout, &mut stderr) => end,
-                () = follow_window => unreachable!("it waits for ever"),
+                end = copy(output, stdout, &mut nothing) => end,
+                end = follow_window => end,
             }
-        });
-        drop(raw);
-        end
+        })
     }
 
     fn start(

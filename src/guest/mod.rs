@@ -13,6 +13,7 @@ pub use channel::SerialChannel;
 pub use client::{Follow, GuestClient, LogSource};
 pub use exec::{ExecEnd, ExecRequest};
 pub use line::Purpose;
+pub use mvm_guest_api::proto::{Tty, TtySize};
 
 use std::time::{Duration, Instant};
 

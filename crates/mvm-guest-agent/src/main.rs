@@ -120,8 +120,8 @@ fn prepare_run(agent: &Agent) {
 
 fn serve_ports(agent: &Arc<Agent>, service: &Service) -> Result<(), String> {
     let devices = port::devices();
-    if devices.is_empty() {
-        return Err("there is no virtio-serial port named mvm.agent.0; the VMM must provide it".into());
+    if devices.is_empty() && !Path::new("/dev/vsock").exists() {
+        return Err("there is neither a virtio-serial port named mvm.agent.0 nor vsock; the VMM must provide one".into());
     }
     for (number, device) in devices {
         let port = port::Port::open(&device).map_err(|error| format!("{}: {error}", device.display()))?;
@@ -132,5 +132,11 @@ fn serve_ports(agent: &Arc<Agent>, service: &Service) -> Result<(), String> {
             }
         });
     }
+    let (service, agent) = (service.clone(), agent.clone());
+    tokio::spawn(async move {
+        if let Err(error) = session::serve_vsock(service).await {
+            agent.say(&format!("vsock failed: {error}"));
+        }
+    });
     Ok(())
 }

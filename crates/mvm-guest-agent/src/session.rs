@@ -12,9 +12,16 @@ use mvm_guest_api::handshake::{self, Heard};
 use mvm_guest_api::limits;
 use mvm_guest_api::proto::guest_agent_server::GuestAgentServer;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::sync::Semaphore;
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use crate::port::{HangUp, Port};
 use crate::service::Service;
+
+/// Most connections on vsock at once.
+const MAX_CONNECTIONS: usize = 16;
+/// `EAFNOSUPPORT`, `EADDRNOTAVAIL`, `ENODEV`: what the kernel says where there is no vsock.
+const NO_VSOCK: [i32; 3] = [97, 99, 19];
 
 /// Serves a port for ever, one session after the other.
 ///
@@ -40,6 +47,33 @@ where
     match await_session(&mut stream).await? {
         Some(first) => serve(First::new(first, stream), service).await,
         None => Ok(()),
+    }
+}
+
+/// Serves the host on vsock, where there is such a device; returns at once where there is none.
+///
+/// # Errors
+/// When the port cannot be listened on.
+pub async fn serve_vsock(service: Service) -> io::Result<()> {
+    let address = VsockAddr::new(VMADDR_CID_ANY, mvm_guest_api::VSOCK_PORT);
+    let listener = match VsockListener::bind(address) {
+        Ok(listener) => listener,
+        Err(error) if NO_VSOCK.contains(&error.raw_os_error().unwrap_or(0)) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let (stream, peer) = listener.accept().await?;
+        // Programs of the guest must not command its agent.
+        let (VMADDR_CID_HOST, Ok(place)) = (peer.cid(), places.clone().try_acquire_owned()) else {
+            continue;
+        };
+        let service = service.clone();
+        tokio::spawn(async move {
+            // What breaks a connection is its client's affair.
+            let _ = serve(stream, service).await;
+            drop(place);
+        });
     }
 }
 
