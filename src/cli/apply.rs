@@ -23,7 +23,9 @@ use crate::vm::node::Node;
 
 /// Arguments of `mvm apply`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  mvm apply -f fleet.toml\n  mvm apply -f fleet.json --timeout 2m\n  mvm agent desired | mvm apply -f -\n\nInterrupted or killed, it leaves a state that the next apply finishes.")]
+#[command(
+    after_help = "Examples:\n  mvm apply -f fleet.toml\n  mvm apply -f fleet.json --timeout 2m\n  mvm agent desired | mvm apply -f -\n\nInterrupted or killed, it leaves a state that the next apply finishes."
+)]
 pub struct ApplyArgs {
     /// The desired-state document, TOML or JSON; `-` is standard input
     #[arg(short, long, value_name = "FILE")]
@@ -164,7 +166,10 @@ pub(super) fn converge(globals: &Globals, node: &Node, desired: &DesiredState, t
         }
         Applied::Partly { failed, deferred } => {
             explain(&failed, &deferred);
-            Err(CliError::new(Exit::Partly, format!("partly done after {took:.1} s; `mvm apply` tries again, `mvm events` tells what was done")))
+            Err(CliError::new(
+                Exit::Partly,
+                format!("partly done after {took:.1} s; `mvm apply` tries again, `mvm events` tells what was done"),
+            ))
         }
         Applied::TimedOut { failed, deferred } => {
             explain(&failed, &deferred);

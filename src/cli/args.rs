@@ -24,7 +24,8 @@ pub fn read_document(file: &Path) -> Result<DesiredState, CliError> {
         std::fs::File::open(file).and_then(|open| open.take(limit).read_to_end(&mut bytes))
     };
     read.map_err(|error| invalid(format!("{}: {error}", file.display())))?;
-    let text = String::from_utf8(bytes).map_err(|error| invalid(format!("{}: not UTF-8 at byte {}", file.display(), error.utf8_error().valid_up_to())))?;
+    let text = String::from_utf8(bytes)
+        .map_err(|error| invalid(format!("{}: not UTF-8 at byte {}", file.display(), error.utf8_error().valid_up_to())))?;
     parse(&text, Format::of(file, &text)).map_err(|error| {
         let lines: Vec<String> = error.to_string().lines().map(|line| format!("{}: {line}", file.display())).collect();
         invalid(lines.join("\nmvm: "))
@@ -206,7 +207,11 @@ pub fn span(given: &str) -> Result<std::time::Duration, String> {
         },
     };
     let number: u64 = digits.parse().map_err(|_| format!("{given:?} is not a span of time; one looks like 90s, 5m or 1h"))?;
-    number.checked_mul(factor).filter(|seconds| *seconds <= 7 * 86_400).map(std::time::Duration::from_secs).ok_or_else(|| format!("{given:?} is more than a week"))
+    number
+        .checked_mul(factor)
+        .filter(|seconds| *seconds <= 7 * 86_400)
+        .map(std::time::Duration::from_secs)
+        .ok_or_else(|| format!("{given:?} is more than a week"))
 }
 
 /// Where a secret's value comes from: never the argument list, which other users can see.

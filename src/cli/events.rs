@@ -9,13 +9,16 @@ use super::CliResult;
 use super::exit::{CliError, Exit};
 use super::open::{Globals, Intent, open};
 use crate::audit::Event;
-use crate::infra::display::{OutputFormat, Row, Width, print_rows, table, to_json, write_out};
+use crate::infra::display::{OutputFormat, Row, Width, print_rows, table, write_out};
 use crate::vm::error::LifecycleError;
 use crate::vm::node::Node;
 
 /// Arguments of `mvm events`.
 #[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true, after_help = "Examples:\n  mvm events acme --tail 20\n  mvm events -f\n  mvm events verify")]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:\n  mvm events acme --tail 20\n  mvm events -f\n  mvm events verify"
+)]
 pub struct EventsArgs {
     /// Only this tenant's; also one that is gone
     tenant: Option<TenantId>,

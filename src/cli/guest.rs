@@ -21,7 +21,9 @@ const REACH: Duration = Duration::from_secs(10);
 
 /// Arguments of `mvm exec`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  mvm exec acme/web/1a2b -- uname -a\n  echo hello | mvm exec -i acme/web/1a2b -- cat\n  mvm exec -it acme/web/1a2b -- sh\n\nThe exit code is the command's own; 128 and the signal's number when a signal ended it.")]
+#[command(
+    after_help = "Examples:\n  mvm exec acme/web/1a2b -- uname -a\n  echo hello | mvm exec -i acme/web/1a2b -- cat\n  mvm exec -it acme/web/1a2b -- sh\n\nThe exit code is the command's own; 128 and the signal's number when a signal ended it."
+)]
 pub struct ExecArgs {
     /// The instance; the start of its id is enough
     #[arg(value_name = "TENANT/POOL/INSTANCE")]
@@ -66,7 +68,9 @@ pub struct CpArgs {
 
 /// Arguments of `mvm logs`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  mvm logs acme/web/1a2b\n  mvm logs -f acme/web/1a2b --tail 10\n  mvm logs acme/web/1a2b --source console")]
+#[command(
+    after_help = "Examples:\n  mvm logs acme/web/1a2b\n  mvm logs -f acme/web/1a2b --tail 10\n  mvm logs acme/web/1a2b --source console"
+)]
 pub struct LogsArgs {
     /// The instance; the start of its id is enough
     #[arg(value_name = "TENANT/POOL/INSTANCE")]
@@ -115,7 +119,8 @@ fn reach(globals: &Globals, selector: &InstanceSelector, what: &str) -> Result<R
 
 /// Returns the run directory of an instance that runs.
 fn running(node: &Node, at: &InstanceAddress, what: &str) -> Result<PathBuf, CliError> {
-    let refused = |state: StateName, remedy: &str| Err(CliError::new(Exit::Refused, format!("cannot {what} {at}: it is {state}; {remedy}")));
+    let refused =
+        |state: StateName, remedy: &str| Err(CliError::new(Exit::Refused, format!("cannot {what} {at}: it is {state}; {remedy}")));
     match node.instance(at)?.state {
         InstanceState::Running { vm, .. } => Ok(vm.run_dir),
         InstanceState::Warm { .. } => refused(StateName::Warm, &format!("`mvm instance resume {at}` lets it run")),
@@ -184,8 +189,12 @@ pub fn cp(globals: &Globals, args: &CpArgs) -> CliResult {
             let copied = reached.client.download(&from, &to);
             (reached, copied, format!("cp from {}", shorten(&from)))
         }
-        (Place::Here(_), Place::Here(_)) => return Err(CliError::new(Exit::Usage, "neither path is in an instance: write TENANT/POOL/INSTANCE:PATH")),
-        (Place::Guest(..), Place::Guest(..)) => return Err(CliError::new(Exit::Usage, "both paths are in instances; copy to a file here first")),
+        (Place::Here(_), Place::Here(_)) => {
+            return Err(CliError::new(Exit::Usage, "neither path is in an instance: write TENANT/POOL/INSTANCE:PATH"));
+        }
+        (Place::Guest(..), Place::Guest(..)) => {
+            return Err(CliError::new(Exit::Usage, "both paths are in instances; copy to a file here first"));
+        }
     };
     record(&reached.opened.node, &reached.at, action, copied.as_ref().err().map(ToString::to_string))?;
     copied?;

@@ -42,7 +42,11 @@ pub fn run(globals: &Globals, command: &NetCommand) -> CliResult {
     print_rows(&rows, globals.format())?;
     opened.close()?;
     let wrong = rows.iter().filter(|row| !row.ok).count();
-    if wrong == 0 { Ok(Exit::Done) } else { Err(CliError::new(Exit::Failed, format!("{wrong} of {} checks found something wrong", rows.len()))) }
+    if wrong == 0 {
+        Ok(Exit::Done)
+    } else {
+        Err(CliError::new(Exit::Failed, format!("{wrong} of {} checks found something wrong", rows.len())))
+    }
 }
 
 /// What a packet should do.
@@ -65,11 +69,17 @@ fn probes(observed: &Observed) -> Vec<CheckRow> {
         let Some(from) = own.first() else { continue };
         let gateway = tenant.doc.network.ipv4_subnet.gateway();
         let mut wanted = vec![(gateway.to_string(), format!("the gateway of {id} ({gateway})"), Expect::Answer)];
-        wanted.extend(own.iter().skip(1).map(|to| (to.doc.address.to_string(), format!("{} of its own tenant", to.doc.at()), Expect::Answer)));
+        wanted.extend(
+            own.iter().skip(1).map(|to| (to.doc.address.to_string(), format!("{} of its own tenant", to.doc.at()), Expect::Answer)),
+        );
         for (other, tenant) in observed.tenants.iter().filter(|(other, _)| *other != id) {
             let gateway = tenant.doc.network.ipv4_subnet.gateway();
             wanted.push((gateway.to_string(), format!("the bridge of tenant {other} ({gateway})"), Expect::Silence));
-            wanted.extend(running(tenant).first().map(|to| (to.doc.address.to_string(), format!("{} of another tenant", to.doc.at()), Expect::Silence)));
+            wanted.extend(
+                running(tenant)
+                    .first()
+                    .map(|to| (to.doc.address.to_string(), format!("{} of another tenant", to.doc.at()), Expect::Silence)),
+            );
         }
         wanted.push(("169.254.169.254".to_owned(), "the metadata address 169.254.169.254".to_owned(), Expect::Silence));
         for (address, name, expect) in wanted {
@@ -88,7 +98,12 @@ fn probe(from: &ObservedInstance, address: &str, name: &str, expect: Expect) -> 
             let ok = answered == (expect == Expect::Answer);
             CheckRow { check, ok, found: if answered { "answered" } else { "no answer" }.to_owned(), remedy: remedy(ok) }
         }
-        Err(error) => CheckRow { check, ok: false, found: error.text, remedy: Some("the probe needs a guest with ping; the built-in image has it".to_owned()) },
+        Err(error) => CheckRow {
+            check,
+            ok: false,
+            found: error.text,
+            remedy: Some("the probe needs a guest with ping; the built-in image has it".to_owned()),
+        },
     }
 }
 

@@ -145,7 +145,10 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
     let audit = Audit::new(store, clock.clone(), who());
     let simulated = globals.vmm == VmmChoice::Simulated;
     if intent == Intent::Change && !simulated && !rustix::process::geteuid().is_root() {
-        return Err(CliError::new(Exit::Refused, "mvm changes bridges, packet filter rules and processes, for which it has to be root; try it with sudo, or rehearse with --vmm simulated"));
+        return Err(CliError::new(
+            Exit::Refused,
+            "mvm changes bridges, packet filter rules and processes, for which it has to be root; try it with sudo, or rehearse with --vmm simulated",
+        ));
     }
     check_simulation(&paths, simulated, intent)?;
     let random = Box::new(|bytes: &mut [u8]| {
@@ -172,7 +175,8 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
             }
         };
         let unreadable = |file: &str, error: std::io::Error| CliError::new(Exit::Failed, format!("{file} of the run directory: {error}"));
-        let vmm = SimulatedVmm::kept_in(paths.run().join("simulated-vmm.json"), script).map_err(|error| unreadable("simulated-vmm.json", error))?;
+        let vmm = SimulatedVmm::kept_in(paths.run().join("simulated-vmm.json"), script)
+            .map_err(|error| unreadable("simulated-vmm.json", error))?;
         let host = FakeHost::kept_in(paths.run().join("simulated-host.json")).map_err(|error| unreadable("simulated-host.json", error))?;
         let seams = Seams {
             documents,
@@ -192,8 +196,10 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
         AccelChoice::Kvm => AccelerationChoice::Kvm,
         AccelChoice::Tcg => AccelerationChoice::Tcg,
     };
-    let binary = format!("qemu-system-{}", std::env::consts::ARCH);
-    let binary = find_program(&binary).unwrap_or_else(|| PathBuf::from("/usr/bin").join(binary));
+    let binary = find_program(&format!("qemu-system-{}", std::env::consts::ARCH));
+    if intent == Intent::Change {
+        std::fs::create_dir_all(paths.run())?;
+    }
     let qemu = Qemu::new(QemuOptions { binary, facts_file: paths.run().join("qemu.json"), acceleration })?;
     // The node's mark on bridges needs the id before the node is open.
     let id = documents.read::<NodeDoc>(crate::vm::keys::NODE).map_err(crate::vm::error::LifecycleError::from)?.map(|doc| doc.node_id);
@@ -248,7 +254,8 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 fn who() -> String {
     let uid = rustix::process::getuid().as_raw();
     let user = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| format!("uid {uid}"));
-    let words: Vec<String> = std::env::args().skip(1).take_while(|word| word != "--").filter(|word| !word.starts_with('-')).take(2).collect();
+    let words: Vec<String> =
+        std::env::args().skip(1).take_while(|word| word != "--").filter(|word| !word.starts_with('-')).take(2).collect();
     let user: String = user.chars().filter(|c| c.is_ascii_graphic()).take(32).collect();
     format!("{user} (uid {uid}): mvm {}", words.join(" "))
 }

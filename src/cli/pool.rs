@@ -46,7 +46,9 @@ pub enum PoolCommand {
         pool: PoolAddress,
     },
     /// Change a pool's declaration, and make it so
-    #[command(after_help = "Example:\n  mvm pool update acme/web --mem-mib 512\n\nChanged resources replace the instances one after the other; data disks stay.")]
+    #[command(
+        after_help = "Example:\n  mvm pool update acme/web --mem-mib 512\n\nChanged resources replace the instances one after the other; data disks stay."
+    )]
     Update {
         /// Its address
         #[arg(value_name = "TENANT/POOL")]
@@ -166,13 +168,14 @@ fn change(globals: &Globals, node: &Node, pool: &PoolAddress, timeout: Duration,
     node.pool(pool)?;
     let mut desired: DesiredState = describe(&observe(node)?);
     desired.tenants.retain(|tenant| tenant.tenant_id == pool.tenant);
-    let specs = desired.tenants.iter_mut().flat_map(|tenant| &mut tenant.pools);
-    for spec in specs.filter(|spec| spec.pool_id == pool.pool) {
+    let mut specs = desired.tenants.iter_mut().flat_map(|tenant| &mut tenant.pools);
+    if let Some(spec) = specs.find(|spec| spec.pool_id == pool.pool) {
         change(spec);
     }
     let text = crate::infra::display::to_json(&desired)?;
     // Through the same checks as a file.
-    let desired = crate::agent::desired::parse(&text, crate::agent::desired::Format::Json).map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
+    let desired = crate::agent::desired::parse(&text, crate::agent::desired::Format::Json)
+        .map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
     super::apply::converge(globals, node, &desired, timeout, super::apply::default_parallel(globals))
 }
 

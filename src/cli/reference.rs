@@ -24,7 +24,8 @@ fn section(text: &mut String, command: &Command, path: &str, root: bool) {
     }
     let help = shown.render_long_help().to_string();
     let help: String = help.lines().map(|line| format!("{}\n", line.trim_end())).collect();
-    write!(text, "\n## `{path}`\n\n```text\n{}```\n", help.trim_start().trim_end().to_owned() + "\n").expect("writing to a string does not fail");
+    write!(text, "\n## `{path}`\n\n```text\n{}```\n", help.trim_start().trim_end().to_owned() + "\n")
+        .expect("writing to a string does not fail");
     for inner in command.get_subcommands().filter(|inner| !inner.is_hide_set() && inner.get_name() != "help") {
         section(text, inner, &format!("{path} {}", inner.get_name()), false);
     }

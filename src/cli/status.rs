@@ -48,7 +48,8 @@ pub fn status(globals: &Globals, args: &StatusArgs) -> CliResult {
         _ => {}
     }
     let now = node.clock().now();
-    let pools: Vec<&ObservedPool> = pools(&observed).filter(|pool| shown(pool.doc.tenant_id.as_str(), pool.doc.spec.pool_id.as_str())).collect();
+    let pools: Vec<&ObservedPool> =
+        pools(&observed).filter(|pool| shown(pool.doc.tenant_id.as_str(), pool.doc.spec.pool_id.as_str())).collect();
     let view = StatusView {
         node: node.id.to_string(),
         vmm: node.vmm().kind().as_str().to_owned(),
@@ -89,7 +90,8 @@ pub(super) fn print_instances(globals: &Globals, node: &Node, desired: &DesiredS
     let observed = observe(node)?;
     let now = node.clock().now();
     let named = |pool: &&ObservedPool| desired.tenants.iter().any(|tenant| tenant.tenant_id == pool.doc.tenant_id);
-    let rows: Vec<InstanceRow> = pools(&observed).filter(named).flat_map(|pool| &pool.instances).map(|one| instance_row(one, &now)).collect();
+    let rows: Vec<InstanceRow> =
+        pools(&observed).filter(named).flat_map(|pool| &pool.instances).map(|one| instance_row(one, &now)).collect();
     const MOST: usize = 50;
     match rows.len() {
         0 => Ok(()),
@@ -136,7 +138,9 @@ pub(super) fn instance_row(one: &ObservedInstance, now: &Moment) -> InstanceRow 
         (Some(transition), state) => {
             (format!("{} -> {}", state.name(), transition.to), Some("cut off; the next apply finishes or undoes it".to_owned()))
         }
-        (None, state) if one.needs_recovery() => (state.name().to_string(), Some("its virtual machine died; the next apply starts it again".to_owned())),
+        (None, state) if one.needs_recovery() => {
+            (state.name().to_string(), Some("its virtual machine died; the next apply starts it again".to_owned()))
+        }
         (None, InstanceState::Stopped { why: StopReason::Died, .. }) => ("Stopped".to_owned(), Some("its virtual machine died".to_owned())),
         (None, InstanceState::Stopped { why: StopReason::SnapshotLost(why), .. }) => ("Stopped".to_owned(), Some(why.clone())),
         (None, state) => (state.name().to_string(), None),

@@ -67,7 +67,9 @@ pub enum TenantCommand {
 #[derive(Debug, Subcommand)]
 pub enum SecretsCommand {
     /// Set a secret from standard input or a file
-    #[command(after_help = "Example:\n  mvm tenant secrets set acme api-token < token.txt\n\nInstances get it at their next start or wake.")]
+    #[command(
+        after_help = "Example:\n  mvm tenant secrets set acme api-token < token.txt\n\nInstances get it at their next start or wake."
+    )]
     Set {
         /// The tenant
         tenant: TenantId,

@@ -287,11 +287,7 @@ impl Host for FakeHost {
     }
 
     fn observe_network(&self) -> Result<ObservedNetwork, HostError> {
-        self.look(|state| ObservedNetwork {
-            bridges: state.bridges.clone(),
-            ruleset: state.ruleset.clone(),
-            forwards: state.forwards,
-        })
+        self.look(|state| ObservedNetwork { bridges: state.bridges.clone(), ruleset: state.ruleset.clone(), forwards: state.forwards })
     }
 
     fn ensure_run_dir(&self, instance: &InstanceId) -> Result<PathBuf, HostError> {

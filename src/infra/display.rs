@@ -73,7 +73,8 @@ pub fn table<R: Row>(rows: &[R], format: OutputFormat) -> String {
         (0..R::COLUMNS.len()).filter(|index| format == OutputFormat::Wide || R::COLUMNS[*index].1 == Width::Narrow).collect();
     let header: Vec<String> = R::COLUMNS.iter().map(|(name, _)| (*name).to_owned()).collect();
     let lines: Vec<Vec<String>> = std::iter::once(header).chain(rows.iter().map(Row::cells)).collect();
-    let widths: Vec<usize> = (0..R::COLUMNS.len()).map(|index| lines.iter().map(|line| line[index].chars().count()).max().unwrap_or(0)).collect();
+    let widths: Vec<usize> =
+        (0..R::COLUMNS.len()).map(|index| lines.iter().map(|line| line[index].chars().count()).max().unwrap_or(0)).collect();
     let mut text = String::new();
     for line in &lines {
         let begin = text.len();

@@ -7,4 +7,5 @@ pub mod node;
 pub mod pool;
 pub mod sleep_policy;
 pub mod tenant;
+pub mod throwaway;
 pub mod usage;

@@ -96,6 +96,15 @@ pub struct Nic {
     pub mac: [u8; 6],
 }
 
+/// How long a virtual machine outlives whoever started it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lifetime {
+    /// Until it is ended: it goes on when mvm ends.
+    Detached,
+    /// It is killed by the kernel when the thread that started it ends, however that comes about.
+    WithCaller,
+}
+
 /// Everything that a driver needs to make one virtual machine.
 ///
 /// The descriptors are consumed: they are closed in this process once the VMM has them.
@@ -127,6 +136,8 @@ pub struct VmSpec {
     pub console_log: PathBuf,
     /// Where the VMM's own messages go; appended to.
     pub vmm_log: PathBuf,
+    /// Whether it outlives this process.
+    pub lifetime: Lifetime,
 }
 
 /// A virtual machine that was started earlier, perhaps by another process of mvm.

@@ -170,6 +170,7 @@ impl Fixture {
             run_dir: self.path("run"),
             console_log: self.path("console.log"),
             vmm_log: self.path("vmm.log"),
+            lifetime: mvm::vmm::Lifetime::Detached,
         }
     }
 

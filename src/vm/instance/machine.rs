@@ -13,7 +13,7 @@ use crate::vm::error::LifecycleError;
 use crate::vm::node::VmmUids;
 use crate::vm::pool::{Image, RestartPolicy};
 use crate::vm::tenant;
-use crate::vmm::{Drive, DriveAccess, Nic, VmSpec};
+use crate::vmm::{Drive, DriveAccess, Lifetime, Nic, VmSpec};
 
 /// The part of the lifecycle that puts a virtual machine together.
 pub(super) struct Machine<'a, 'n> {
@@ -50,12 +50,13 @@ impl Machine<'_, '_> {
             mem_mib: doc.blueprint.resources.mem_mib,
             kernel: image.kernel.clone(),
             initrd: image.initrd.clone(),
-            kernel_args: Vec::new(),
+            kernel_args: image.kernel_args.clone(),
             drives,
             nic: Some(Nic { tap: tap?, mac: network.mac().0 }),
             run_dir,
             console_log: node.paths.console_log(at),
             vmm_log: node.paths.vmm_log(at),
+            lifetime: Lifetime::Detached,
         })
     }
 

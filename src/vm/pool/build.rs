@@ -18,6 +18,8 @@ pub struct Image {
     pub initrd: Option<PathBuf>,
     /// The root file system.
     pub rootfs: PathBuf,
+    /// Kernel arguments that the image wants.
+    pub kernel_args: Vec<String>,
 }
 
 /// Why an image cannot be had.
@@ -78,9 +80,11 @@ impl ImageSource for BuiltinImages {
 
     fn open(&self, revision: &RevisionId) -> Result<Image, ImageError> {
         let unusable = |why: String| ImageError::Unusable { revision: revision.clone(), why };
-        let opened = image::Image::open(&self.images.join(revision.as_str())).map_err(|error| unusable(crate::vm::error::with_causes(&error)))?;
+        let opened =
+            image::Image::open(&self.images.join(revision.as_str())).map_err(|error| unusable(crate::vm::error::with_causes(&error)))?;
         let image = opened.ok_or_else(|| unusable("it is not there".to_owned()))?;
-        Ok(Image { revision: revision.clone(), kernel: image.vmlinux(), initrd: Some(image.initrd()), rootfs: image.rootfs() })
+        let kernel_args = image::builtin::KERNEL_ARGS.iter().map(|arg| (*arg).to_owned()).collect();
+        Ok(Image { revision: revision.clone(), kernel: image.vmlinux(), initrd: Some(image.initrd()), rootfs: image.rootfs(), kernel_args })
     }
 }
 
@@ -95,6 +99,6 @@ impl ImageSource for SimulatedImages {
 
     fn open(&self, revision: &RevisionId) -> Result<Image, ImageError> {
         let nowhere = PathBuf::from("/dev/null");
-        Ok(Image { revision: revision.clone(), kernel: nowhere.clone(), initrd: None, rootfs: nowhere })
+        Ok(Image { revision: revision.clone(), kernel: nowhere.clone(), initrd: None, rootfs: nowhere, kernel_args: Vec::new() })
     }
 }

@@ -20,7 +20,9 @@ use super::process::{self, Children};
 use super::qmp::{Command, QmpClient, QmpError, RunState};
 use super::spawn::{Inherited, Launch, launch};
 use crate::infra::process::ProcessIdentity;
-use crate::vmm::{Acceleration, Drive, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp};
+use crate::vmm::{
+    Acceleration, Drive, Lifetime, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp,
+};
 
 /// How long QEMU may take to its greeting, or to an answer. It starts in some 40 ms; a busy host with hundreds of guests in
 /// software is slower by two orders.
@@ -138,7 +140,14 @@ impl Qemu {
             nic: None,
             start: Start::Boot { kernel: inherit.hand(File::open(kernel).map_err(failed)?), initrd: None, append: &append },
         };
-        let launched = Launch { args: render(&line), inherit, uid: None, device_group: None, log: append_to(&vmm_log).map_err(failed)? };
+        let launched = Launch {
+            args: render(&line),
+            inherit,
+            uid: None,
+            device_group: None,
+            log: append_to(&vmm_log).map_err(failed)?,
+            lifetime: Lifetime::WithCaller,
+        };
         let mut child = launch(&self.binary, launched).map_err(failed)?;
         let status = match ProcessIdentity::of(pid_of(&child)) {
             Some(identity) => {
@@ -216,7 +225,7 @@ impl Qemu {
             _ => None,
         };
         let log = open_log(&spec.vmm_log)?;
-        let child = launch(&self.binary, Launch { args, inherit, uid: spec.uid, device_group, log })
+        let child = launch(&self.binary, Launch { args, inherit, uid: spec.uid, device_group, log, lifetime: spec.lifetime })
             .map_err(|source| VmmError::Io { what: format!("cannot start {}", self.binary.display()), source })?;
         let identity = ProcessIdentity::of(pid_of(&child));
         self.children.add(child);

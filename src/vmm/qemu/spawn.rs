@@ -9,9 +9,11 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::fs::Mode;
 use rustix::io::FdFlags;
-use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
+use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit, setsid, umask};
 use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use rustix::{process::Gid, process::Uid};
+
+use crate::vmm::Lifetime;
 
 /// What a QEMU gets.
 #[derive(Debug)]
@@ -25,6 +27,8 @@ pub(super) struct Launch {
     pub device_group: Option<u32>,
     /// Where standard output and error go.
     pub log: File,
+    /// Whether it outlives the thread that starts it.
+    pub lifetime: Lifetime,
 }
 
 /// Descriptors that a child keeps under their numbers.
@@ -56,6 +60,7 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     let fds: Vec<RawFd> = launch.inherit.iter().map(|fd| fd.as_raw_fd()).collect();
     let identity = launch.uid.map(|id| (Uid::from_raw(id), Gid::from_raw(id)));
     let groups: Vec<Gid> = launch.device_group.into_iter().map(Gid::from_raw).collect();
+    let lifetime = launch.lifetime;
     let prepare = move || {
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
@@ -68,6 +73,10 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
             set_thread_res_uid(uid, uid, uid)?;
         }
         set_no_new_privs(true)?;
+        // After the change of uid, which clears it.
+        if lifetime == Lifetime::WithCaller {
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+        }
         for fd in &fds {
             // SAFETY: `launch.inherit` owns these descriptors until the child has been started.
             let fd = unsafe { BorrowedFd::borrow_raw(*fd) };

@@ -1,0 +1,71 @@
+//! `mvm run`.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::CliResult;
+use super::exit::{CliError, Exit};
+use super::guest::run_in;
+use super::open::{Globals, Intent, VmmChoice, open};
+use super::progress::{ProgressLines, interrupted};
+use crate::guest::{ExecRequest, GuestClient, Purpose};
+
+/// Arguments of `mvm run`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  mvm run -- uname -a\n  mvm run -it -- sh\n  tar c src | mvm run -i --mem 512 -- tar t\n\nThe microVM has no network and no disk, and is gone afterwards, also when mvm is killed."
+)]
+pub struct RunArgs {
+    /// Its memory, in MiB
+    #[arg(long, default_value_t = 128, value_name = "MIB", value_parser = clap::value_parser!(u32).range(64..=1_048_576))]
+    mem: u32,
+    /// Its virtual CPUs
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    vcpus: u8,
+    /// Pass standard input on
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<std::ffi::OsString>,
+}
+
+/// Runs a command in a microVM of its own.
+pub fn run(globals: &Globals, args: RunArgs) -> CliResult {
+    use std::os::unix::ffi::OsStringExt;
+    if globals.vmm == VmmChoice::Simulated {
+        return Err(CliError::new(Exit::Refused, "a simulated machine runs nothing"));
+    }
+    let opened = open(globals, Intent::Change)?;
+    let lines = ProgressLines::new();
+    let bar = lines.spin("throw-away microVM");
+    let machine = opened.node.throwaway(args.vcpus, args.mem, &|text| {
+        if let Some(bar) = &bar {
+            bar.set_message(format!("throw-away microVM: {text}"));
+        }
+    })?;
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    let run_dir = machine.vm().run_dir.clone();
+    // The command runs on another thread, so that an interrupt can end the machine under it.
+    let stop = interrupted()?;
+    let (interactive, tty) = (args.interactive, args.tty);
+    let request = ExecRequest { argv: args.command.into_iter().map(OsStringExt::into_vec).collect(), ..ExecRequest::default() };
+    let running = std::thread::spawn(move || {
+        let mut client = GuestClient::connect(&run_dir, Purpose::Interactive, Instant::now() + Duration::from_secs(10))?;
+        run_in(&mut client, request, interactive, tty)
+    });
+    while !running.is_finished() {
+        if stop.load(Ordering::SeqCst) {
+            return Err(CliError::new(Exit::Interrupted, "interrupted"));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    running.join().unwrap_or_else(|_| Err(CliError::new(Exit::Failed, "the conversation with the guest broke off")))
+}
