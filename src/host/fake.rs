@@ -353,6 +353,10 @@ impl Host for FakeHost {
         )
     }
 
+    fn ensure_snapshot_dir(&self, at: &InstanceAddress) -> Result<(), HostError> {
+        self.effect(|| format!("ensure_snapshot_dir {at}"), |_| Ok(()))
+    }
+
     fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError> {
         self.effect(|| format!("remove_snapshot {at}"), |_| Ok(()))
     }

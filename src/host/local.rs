@@ -204,6 +204,11 @@ impl Host for LocalHost {
         Ok(())
     }
 
+    fn ensure_snapshot_dir(&self, at: &InstanceAddress) -> Result<(), HostError> {
+        self.state()?.ensure_dir(self.below_state(&self.paths.snapshot(at))?, 0o700)?;
+        Ok(())
+    }
+
     fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError> {
         if let Some(dir) = self.instance_dir(at)? {
             dir.remove_tree("snapshot")?;

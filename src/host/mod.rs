@@ -133,6 +133,9 @@ pub trait Host: Send + Sync {
     /// Removes the instance's volumes, snapshot and logs: everything below its directory but its document.
     fn remove_instance_files(&self, at: &InstanceAddress) -> Result<(), HostError>;
 
+    /// Makes the instance's snapshot directory.
+    fn ensure_snapshot_dir(&self, at: &InstanceAddress) -> Result<(), HostError>;
+
     /// Removes the instance's snapshot.
     fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError>;
 

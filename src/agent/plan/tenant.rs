@@ -61,8 +61,11 @@ impl Planner<'_> {
             [] => None,
             _ => Some(self.step(Action::Barrier, "room is given back before it is taken", down_ends.into_iter().map(follows).collect())),
         };
+        // One after the other, so that addresses are given out in the order of the pools.
+        let mut created = None;
         for &spec in &order {
-            self.admit(desired, spec, &mut works, down_over);
+            self.admit(desired, spec, &mut works, down_over.into_iter().chain(created).map(follows).collect());
+            created = works[&spec.pool_id].created.or(created);
         }
         let network = self.network_for(&desired.tenant_id, &works, destroyed);
         for &spec in &order {
@@ -261,14 +264,14 @@ impl Planner<'_> {
     }
 
     /// Decides what of a pool's way up is done in this pass, and writes new instances down.
-    fn admit(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, works: &mut BTreeMap<&PoolId, PoolWork<'_>>, down_over: Option<usize>) {
+    fn admit(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, works: &mut BTreeMap<&PoolId, PoolWork<'_>>, behind: Vec<Edge>) {
         let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
         let blocked = waits_for(spec, &tenant.pools).find_map(|other| works[&other.pool_id].not_ready.clone());
         let work = works.get_mut(&spec.pool_id).expect("every pool has work");
         if work.held.is_some() {
             return;
         }
-        work.ready.extend(down_over.map(follows));
+        work.ready.extend(behind);
         let Assignment { up, replace, .. } = &mut work.assignment;
         if let Some(why) = blocked.filter(|_| !up.is_empty() || !replace.is_empty()) {
             self.defer(&pool, describe(up, replace), format!("it waits for another pool: {why}"), None);

@@ -416,6 +416,7 @@ impl Locked<'_> {
             guest.prepare_sleep(deadline)?;
         }
         vmm.pause(vm)?;
+        self.node.host().ensure_snapshot_dir(&self.at)?;
         let dir = self.node.paths.snapshot(&self.at);
         vmm.snapshot(vm, &dir)?;
         let taken = self.node.clock().now();
