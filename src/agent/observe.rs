@@ -149,7 +149,11 @@ fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> 
             let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
             match node.documents().read::<InstanceDoc>(&keys::instance_doc(&at)) {
                 Ok(Some(doc)) => instances.push(observe_instance(node, &at, doc)?),
-                Ok(None) => {}
+                Ok(None) if node.documents().raw().is_unfinished(&keys::instance_dir(&at))? => {}
+                Ok(None) => problems.push(format!(
+                    "instance {at} has no document; put back the one that was moved aside, or remove {} if its data is not needed",
+                    node.paths.instance(&at).display()
+                )),
                 Err(error) => problems.push(with_causes(&error)),
             }
         }

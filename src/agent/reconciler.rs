@@ -11,7 +11,7 @@ use super::execute::{End, ExecuteOptions, Outcome, Progress, execute};
 use super::observe::{Observed, observe};
 use super::plan::{Deferred, Plan, Retry, check_against, plan};
 use crate::store::{StoreError, Wait};
-use crate::vm::error::{FailureKind, LifecycleError};
+use crate::vm::error::{FailureKind, LifecycleError, with_causes};
 use crate::vm::keys;
 use crate::vm::node::Node;
 
@@ -122,6 +122,12 @@ pub fn pass(node: &Node, desired: &DesiredState, retry: Retry, wait: Wait, optio
         node.update_node_doc(|doc| doc.admitted = Some(admitted))?;
     }
     let outcomes = execute(node, &plan, options);
+    let instances = observed.tenants.values().flat_map(|tenant| tenant.pools.values()).flat_map(|pool| &pool.instances);
+    for one in instances.filter(|one| one.doc.state.vm().is_some()) {
+        if let Err(error) = node.host().trim_logs(&one.doc.at()) {
+            tracing::warn!(error = with_causes(&error), "a guest's log is not trimmed");
+        }
+    }
     Ok(Report { plan, outcomes, problems: observed.problems })
 }
 

@@ -353,6 +353,10 @@ impl Host for FakeHost {
         )
     }
 
+    fn trim_logs(&self, _at: &InstanceAddress) -> Result<(), HostError> {
+        Ok(())
+    }
+
     fn ensure_snapshot_dir(&self, at: &InstanceAddress) -> Result<(), HostError> {
         self.effect(|| format!("ensure_snapshot_dir {at}"), |_| Ok(()))
     }

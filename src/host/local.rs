@@ -13,7 +13,7 @@ use mvm_hostd::tap::{self, TapSpec};
 use mvm_hostd::{HostdError, facts, nft, sysctl};
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
 
-use super::{DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork, verify};
+use super::{DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, MAX_LOG, NetworkCheck, ObservedNetwork, verify};
 use crate::infra::paths::Paths;
 use crate::net::{BRIDGE_PREFIX, InstanceNetwork, Ruleset, TenantNetId, TenantNetwork, bridge_mac};
 
@@ -204,6 +204,17 @@ impl Host for LocalHost {
         Ok(())
     }
 
+    fn trim_logs(&self, at: &InstanceAddress) -> Result<(), HostError> {
+        for path in [self.paths.console_log(at), self.paths.vmm_log(at)] {
+            match std::fs::metadata(&path) {
+                Ok(metadata) if metadata.len() > MAX_LOG => trim(&path, metadata.len())
+                    .map_err(|source| HostError::Io { what: format!("cannot trim {}", path.display()), source })?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     fn ensure_snapshot_dir(&self, at: &InstanceAddress) -> Result<(), HostError> {
         self.state()?.ensure_dir(self.below_state(&self.paths.snapshot(at))?, 0o700)?;
         Ok(())
@@ -232,6 +243,17 @@ impl Host for LocalHost {
         }
         Ok(removed)
     }
+}
+
+/// Keeps the last quarter of [`MAX_LOG`]; the VMM appends, so it goes on behind that. What it writes meanwhile may be lost.
+fn trim(path: &Path, len: u64) -> std::io::Result<()> {
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    let no_links = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
+    let file = std::fs::File::options().read(true).write(true).custom_flags(no_links).open(path)?;
+    let mut end = vec![0; usize::try_from(MAX_LOG / 4).unwrap_or(0)];
+    file.read_exact_at(&mut end, len - MAX_LOG / 4)?;
+    file.set_len(0)?;
+    file.write_all_at(&end, 0)
 }
 
 impl From<HostdError> for HostError {

@@ -79,6 +79,9 @@ pub struct HostExpectations {
     pub instances: std::collections::BTreeSet<InstanceId>,
 }
 
+/// How large a console or VMM log may be when mvm looks at it, in bytes: 4 MiB; a quarter of it is kept.
+pub const MAX_LOG: u64 = 4 << 20;
+
 /// Everything that needs root.
 pub trait Host: Send + Sync {
     /// Makes the tenant's bridge with its gateway address, and what forwarding needs.
@@ -132,6 +135,9 @@ pub trait Host: Send + Sync {
 
     /// Removes the instance's volumes, snapshot and logs: everything below its directory but its document.
     fn remove_instance_files(&self, at: &InstanceAddress) -> Result<(), HostError>;
+
+    /// Keeps the end of the instance's console and VMM logs when they have grown beyond [`MAX_LOG`].
+    fn trim_logs(&self, at: &InstanceAddress) -> Result<(), HostError>;
 
     /// Makes the instance's snapshot directory.
     fn ensure_snapshot_dir(&self, at: &InstanceAddress) -> Result<(), HostError>;

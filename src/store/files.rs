@@ -4,7 +4,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -18,13 +17,12 @@ use super::{DocumentStore, LockGuard, StoreError, Wait};
 pub struct FileStore {
     root: PathBuf,
     locks: PathBuf,
-    serial: AtomicU64,
 }
 
 impl FileStore {
     /// Opens the store; nothing is made before the first write or lock.
     pub fn new(root: PathBuf, locks: PathBuf) -> Self {
-        Self { root, locks, serial: AtomicU64::new(0) }
+        Self { root, locks }
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -55,21 +53,16 @@ impl FileStore {
     fn write_new(&self, path: &Path, content: &[u8]) -> io::Result<()> {
         let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
-        let temporary = dir.join(format!(".{name}.{}-{}.tmp", std::process::id(), self.serial.fetch_add(1, Ordering::Relaxed)));
-        let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
-        let mut file = match open() {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.ensure_dir(dir)?;
-                open()?
+        // One name, since writers of a document hold its lock: what a killed one left is overwritten by the next.
+        let temporary = dir.join(format!(".{name}.tmp"));
+        let open = || OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary);
+        let mut file = open().or_else(|error| {
+            if error.kind() != io::ErrorKind::NotFound {
+                return Err(error);
             }
-            // Left by a killed process with the same pid.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                fs::remove_file(&temporary)?;
-                open()?
-            }
-            Err(error) => return Err(error),
-        };
+            self.ensure_dir(dir)?;
+            open()
+        })?;
         let written = file.write_all(content).and_then(|()| file.sync_data()).and_then(|()| fs::rename(&temporary, path));
         if let Err(error) = written {
             // The write failed; what remains of it must not stay either, but its own failure says less than the first one.
@@ -143,6 +136,10 @@ impl DocumentStore for FileStore {
         }
     }
 
+    fn exists(&self, key: &str) -> Result<bool, StoreError> {
+        self.path(key).try_exists().map_err(self.error("look at", key))
+    }
+
     fn len(&self, key: &str) -> Result<u64, StoreError> {
         match fs::metadata(self.path(key)) {
             Ok(metadata) => Ok(metadata.len()),
@@ -166,11 +163,23 @@ impl DocumentStore for FileStore {
 
     fn remove_tree(&self, key: &str) -> Result<(), StoreError> {
         let path = self.path(key);
-        match fs::remove_dir_all(&path) {
-            Ok(()) => path.parent().map_or(Ok(()), sync_dir).map_err(self.error("remove", key)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(self.error("remove", key)(error)),
-        }
+        let Some((dir, name)) = path.parent().zip(path.file_name()) else { return Ok(()) };
+        // Out of sight in one step, so that a kill in between leaves no object without its document.
+        let hidden = dir.join(format!(".{}.removed", name.to_string_lossy()));
+        let clear = |path: &Path| match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+        let remove = || {
+            clear(&hidden)?;
+            match fs::rename(&path, &hidden) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                other => other?,
+            }
+            sync_dir(dir)?;
+            clear(&hidden)
+        };
+        remove().map_err(self.error("remove", key))
     }
 
     fn list(&self, key: &str) -> Result<Vec<String>, StoreError> {
@@ -189,6 +198,14 @@ impl DocumentStore for FileStore {
         }
         names.sort_unstable();
         Ok(names)
+    }
+
+    fn is_unfinished(&self, key: &str) -> Result<bool, StoreError> {
+        match fs::read_dir(self.path(key)) {
+            Ok(mut entries) => Ok(entries.all(|entry| entry.is_ok_and(|entry| entry.file_name().as_encoded_bytes().ends_with(b".tmp")))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+            Err(error) => Err(self.error("look at", key)(error)),
+        }
     }
 
     fn quarantine(&self, key: &str) -> Result<String, StoreError> {

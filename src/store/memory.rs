@@ -72,6 +72,10 @@ impl DocumentStore for MemoryStore {
         Ok(())
     }
 
+    fn exists(&self, key: &str) -> Result<bool, StoreError> {
+        Ok(self.documents().contains_key(key))
+    }
+
     fn len(&self, key: &str) -> Result<u64, StoreError> {
         Ok(self.documents().get(key).map_or(0, |content| content.len() as u64))
     }
@@ -110,6 +114,11 @@ impl DocumentStore for MemoryStore {
         names.sort_unstable();
         names.dedup();
         Ok(names)
+    }
+
+    fn is_unfinished(&self, key: &str) -> Result<bool, StoreError> {
+        let prefix = format!("{key}/");
+        Ok(!self.documents().keys().any(|key| key.starts_with(&prefix)))
     }
 
     fn quarantine(&self, key: &str) -> Result<String, StoreError> {

@@ -41,7 +41,7 @@ pub trait DocumentStore: Send + Sync {
     /// Returns the content, or `None` when there is none.
     fn read(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError>;
 
-    /// Replaces the content atomically and durably, making directories as needed.
+    /// Replaces the content atomically and durably, making directories as needed. The caller holds the object's lock.
     ///
     /// # Errors
     /// After an error the old content is there, whole; a failed fsync is an error and never retried.
@@ -53,6 +53,9 @@ pub trait DocumentStore: Send + Sync {
     /// Makes what was appended durable.
     fn sync(&self, key: &str) -> Result<(), StoreError>;
 
+    /// Tells whether there is a document.
+    fn exists(&self, key: &str) -> Result<bool, StoreError>;
+
     /// Returns the length in bytes of what was appended, 0 when there is nothing.
     fn len(&self, key: &str) -> Result<u64, StoreError>;
 
@@ -62,11 +65,14 @@ pub trait DocumentStore: Send + Sync {
     /// Removes the document; absent is fine.
     fn remove(&self, key: &str) -> Result<(), StoreError>;
 
-    /// Removes a directory with all documents below it; absent is fine.
+    /// Removes a directory with all documents below it, out of sight in one step; absent is fine.
     fn remove_tree(&self, key: &str) -> Result<(), StoreError>;
 
     /// Returns the names directly below a directory in order; none when it is absent. Names starting with a dot are left out.
     fn list(&self, key: &str) -> Result<Vec<String>, StoreError>;
+
+    /// Tells whether a directory has nothing in it but what a killed writer left before its first document was whole.
+    fn is_unfinished(&self, key: &str) -> Result<bool, StoreError>;
 
     /// Moves a document aside, so that it is never read again, and returns where it is now.
     fn quarantine(&self, key: &str) -> Result<String, StoreError>;

@@ -258,15 +258,36 @@ impl Node {
 
     /// Lists the tenants in order.
     pub fn tenants(&self) -> Result<Vec<TenantId>, LifecycleError> {
+        let mut ids = self.tenant_dirs()?;
+        let mut failed = Ok(());
+        ids.retain(|id| self.is_there(&keys::tenant_doc(id), &mut failed));
+        failed.map(|()| ids)
+    }
+
+    /// Lists the tenants that have a directory, also one whose document is not there: moved aside, or never finished.
+    pub(crate) fn tenant_dirs(&self) -> Result<Vec<TenantId>, LifecycleError> {
         self.ids(keys::TENANTS)
     }
 
     /// Lists a tenant's pools in order.
     pub fn pools(&self, tenant: &TenantId) -> Result<Vec<PoolId>, LifecycleError> {
-        self.ids(&keys::pools_dir(tenant))
+        let mut ids: Vec<PoolId> = self.ids(&keys::pools_dir(tenant))?;
+        let mut failed = Ok(());
+        ids.retain(|id| self.is_there(&keys::pool_doc(&PoolAddress::new(tenant.clone(), id.clone())), &mut failed));
+        failed.map(|()| ids)
     }
 
-    /// Lists a pool's instances in order of their ids.
+    fn is_there(&self, key: &str, failed: &mut Result<(), LifecycleError>) -> bool {
+        match self.documents().raw().exists(key) {
+            Ok(there) => there,
+            Err(error) => {
+                *failed = Err(error.into());
+                false
+            }
+        }
+    }
+
+    /// Lists a pool's instances in order of their ids, also one whose document is not there.
     pub fn instances(&self, pool: &PoolAddress) -> Result<Vec<InstanceId>, LifecycleError> {
         self.ids(&keys::instances_dir(pool))
     }
@@ -295,22 +316,23 @@ impl Node {
 
     /// Takes room in a tenant's quotas, and keeps it by an effect that makes it visible to others: a document written.
     ///
-    /// `ask` gets the usage as it is and returns it as it would be; `keep` runs while nobody else can take room.
+    /// `ask` gets the usage as it is and returns it as it would be, and what of it the quotas are held against; `keep` runs while
+    /// nobody else can take room.
     ///
     /// # Errors
     /// The quota that leaves no room; whatever `keep` says.
     pub(crate) fn take_room<T>(
         &self,
         tenant: &TenantDoc,
-        ask: impl FnOnce(&Usage) -> Usage,
+        ask: impl FnOnce(&Usage) -> (Usage, Usage),
         keep: impl FnOnce() -> Result<T, LifecycleError>,
     ) -> Result<T, LifecycleError> {
         let ledger = self.ledger(&tenant.tenant_id);
         let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
         let mut guard = self.lock(&keys::admission_lock(&tenant.tenant_id))?;
         let before = self.usage(&tenant.tenant_id, &mut ledger, &*guard)?;
-        let after = ask(&before);
-        if let Err(refused) = tenant.quotas.check(&tenant.tenant_id, &before, &after) {
+        let (after, checked) = ask(&before);
+        if let Err(refused) = tenant.quotas.check(&tenant.tenant_id, &before, &checked) {
             ledger.usage = Some(before);
             return Err(refused.into());
         }

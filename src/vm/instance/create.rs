@@ -62,7 +62,7 @@ impl Node {
         let ask = |before: &crate::vm::usage::Usage| {
             let mut after = before.clone();
             (0..count).for_each(|_| after.add_instance(&pool.pool, disk_mib));
-            after
+            (after.clone(), after)
         };
         self.take_room(&tenant, ask, || self.write_new(&docs))?;
         for doc in &docs {

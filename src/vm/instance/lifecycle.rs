@@ -241,10 +241,8 @@ impl Locked<'_> {
             let mut after = before.clone();
             after.leave(from, &resources);
             after.enter(counted, &resources);
-            if !serves {
-                after.running = before.running;
-            }
-            after
+            let checked = if serves { after.clone() } else { Usage { running: before.running, ..after.clone() } };
+            (after, checked)
         };
         let node = self.node;
         node.take_room(&tenant, ask, || self.intend(to))
@@ -542,14 +540,23 @@ impl Locked<'_> {
         let blueprint = self.pool.spec.blueprint();
         let (was, is) = (self.doc.blueprint.resources.data_disk_mib, blueprint.resources.data_disk_mib);
         let tenant = self.tenant.clone();
-        let ask = |before: &Usage| Usage { disk_mib: before.disk_mib.saturating_sub(was) + is, ..before.clone() };
+        let ask = |before: &Usage| {
+            let after = Usage { disk_mib: before.disk_mib.saturating_sub(was) + is, ..before.clone() };
+            (after.clone(), after)
+        };
+        let before = self.doc.clone();
         self.doc.blueprint = blueprint;
         self.doc.revision = Some(revision);
         self.doc.config_version = self.pool.config_version;
         self.doc.state = InstanceState::Ready;
         self.doc.failure = None;
         let node = self.node;
-        node.take_room(&tenant, ask, || self.save())
+        let rebuilt = node.take_room(&tenant, ask, || self.save());
+        if rebuilt.is_err() {
+            // What a failure is recorded with is the instance as it was.
+            self.doc = before;
+        }
+        rebuilt
     }
 
     fn destroy(&mut self) -> Result<(), LifecycleError> {

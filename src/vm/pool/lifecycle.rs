@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use mvm_types::{PoolAddress, RevisionId, Role, TenantId};
+use mvm_types::{InstanceAddress, PoolAddress, RevisionId, Role, TenantId};
 
 use super::config::{PoolDoc, PoolSpec};
 use crate::audit::Entry;
@@ -100,14 +100,18 @@ impl Node {
                 return Err(error);
             }
         };
-        let instances = self.instances(pool)?.len();
-        if instances > 0 {
-            let why = format!("it has {instances} instances");
+        let mut instances = Vec::new();
+        for id in self.instances(pool)? {
+            let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
+            if !self.documents().raw().is_unfinished(&keys::instance_dir(&at))? {
+                instances.push(at);
+            }
+        }
+        if let Some(first) = instances.first() {
+            let why = format!("it has {} instances, {first} among them", instances.len());
             return Err(LifecycleError::Refused { what: format!("destroy pool {pool}"), why });
         }
-        let gone =
-            self.documents().raw().remove(&keys::pool_doc(pool)).and_then(|()| self.documents().raw().remove_tree(&keys::pool_dir(pool)));
-        let result = gone.map_err(LifecycleError::from);
+        let result = self.documents().raw().remove_tree(&keys::pool_dir(pool)).map_err(LifecycleError::from);
         self.audit_pool("destroy pool", pool, doc.spec.role, &result, Duration::ZERO)?;
         if result.is_ok() {
             guard.retire();

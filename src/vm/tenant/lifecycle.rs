@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use mvm_types::TenantId;
+use mvm_types::{PoolAddress, TenantId};
 
 use super::config::{NetworkSpec, Quotas, TenantDoc};
 use crate::audit::Entry;
@@ -96,7 +96,6 @@ impl Node {
             node.retired_net_ids.insert(doc.network.tenant_net_id.get(), tenant.clone());
         })?;
         self.host().remove_tenant_network(&doc.network.network())?;
-        self.documents().raw().remove(&keys::tenant_doc(tenant))?;
         Ok(self.documents().raw().remove_tree(&keys::tenant_dir(tenant))?)
     }
 
@@ -108,17 +107,23 @@ impl Node {
         let mut instances = BTreeSet::new();
         let mut missing = Vec::new();
         let observed = self.host().observe_network()?;
-        for tenant in self.tenants()? {
+        for tenant in self.tenant_dirs()? {
+            let docs = self.tenant_instances(&tenant, &mut Vec::new())?;
+            for pool in self.pools(&tenant)? {
+                // Also those whose document was moved aside: what they have stays until somebody decides.
+                instances.extend(self.instances(&PoolAddress::new(tenant.clone(), pool))?);
+            }
             let doc = match self.tenant(&tenant) {
                 Ok(doc) => doc,
-                // Removed since it was listed, or quarantined: it has no network then.
-                Err(LifecycleError::NotFound { .. } | LifecycleError::Document(_)) => continue,
+                // Its document was moved aside: no packet of it passes without rules, but its bridge stays.
+                Err(LifecycleError::NotFound { .. } | LifecycleError::Document(_)) => {
+                    bridges.extend(docs.iter().map(|doc| crate::net::bridge_name(doc.net_id)));
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             let network = doc.network.network();
-            let docs = self.tenant_instances(&tenant, &mut Vec::new())?;
             bridges.insert(network.bridge());
-            instances.extend(docs.iter().map(|doc| doc.instance_id.clone()));
             if !observed.bridges.contains(&network.bridge()) || !observed.forwards {
                 missing.push(network);
             }
