@@ -7,7 +7,7 @@ use crate::build::{Profile, all};
 use crate::workspace::{output, root};
 
 /// Each file, and what mvm prints it for.
-const FILES: [(&str, &[&str]); 2] = [("docs/cli.md", &["markdown-help"]), ("docs/desired-state.schema.json", &["schema"])];
+const FILES: [(&str, &[&str]); 2] = [("docs/cli.md", &["reference"]), ("docs/desired-state.schema.json", &["schema"])];
 
 /// Writes them anew.
 ///

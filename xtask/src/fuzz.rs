@@ -11,7 +11,7 @@ use crate::tally::Tally;
 use crate::workspace::{TRIPLE, cargo, root, succeed, target};
 
 /// As cargo-fuzz has them, without a sanitizer.
-const FLAGS: [&str; 8] = [
+const FLAGS: [&str; 7] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
@@ -19,7 +19,6 @@ const FLAGS: [&str; 8] = [
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
     "-Cdebug-assertions",
     "-Coverflow-checks",
-    "-Ccodegen-units=1",
 ];
 
 /// Builds the targets and runs each for so many seconds from its committed seeds; one check each.
