@@ -1,4 +1,4 @@
-//! Addresses, interface names, MACs and the text of the nftables ruleset. Pure: no IO, no clock, no randomness.
+//! PURE: addresses, interface names, MACs and the text of the nftables ruleset.
 //!
 //! Everything a tenant's network consists of follows from three numbers that the desired state gives: the tenant's
 //! [`TenantNetId`], its [`Subnet`], and each instance's [`InstanceOffset`]. Names, MACs, addresses and uids are derived

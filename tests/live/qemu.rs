@@ -1,8 +1,7 @@
 //! The QEMU driver with real microVMs: boot, pause, resume, snapshot, restore, kill, strays.
 //!
-//! Needs root, `qemu-system-x86_64`, a static busybox at `/bin/busybox`, and a kernel: `MVM_TEST_KERNEL` names an uncompressed
-//! `vmlinux`, `MVM_TEST_MODULES` the `kernel` directory of its modules where virtio is not built in. The
-//! test of the network makes a namespace of its own.
+//! Needs root, `qemu-system-x86_64`, and the guest agent named by `MVM_GUEST_AGENT`: kernel, modules and busybox are those of
+//! the built-in image, in which the agent is replaced by a script. The test of the network makes a namespace of its own.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -56,18 +55,14 @@ while :; do
 done
 "#;
 
-/// The modules of Debian's cloud kernel, in the order in which they can be loaded.
-const MODULES: [&str; 9] = [
-    "drivers/virtio/virtio_ring.ko",
-    "drivers/virtio/virtio.ko",
-    "drivers/virtio/virtio_mmio.ko",
-    "drivers/block/virtio_blk.ko",
-    "net/core/failover.ko",
-    "drivers/net/net_failover.ko",
-    "drivers/net/virtio_net.ko",
-    "drivers/char/virtio_console.ko",
-    "drivers/char/hw_random/virtio-rng.ko",
-];
+/// What the built-in image is made of, made when it is not there.
+fn parts() -> PathBuf {
+    let images = Path::new(env!("CARGO_TARGET_TMPDIR")).join("live-images");
+    let named = std::env::var_os(mvm::image::AGENT_VARIABLE);
+    let agent = mvm::image::find_agent(named.as_deref()).expect("cargo xtask test builds the guest agent");
+    mvm::image::builtin::ensure(&images, &agent, &|_| {}).unwrap();
+    images.join("parts")
+}
 
 /// A file tree in the `newc` format of cpio.
 #[derive(Default)]
@@ -96,20 +91,19 @@ impl Cpio {
     }
 }
 
-fn initrd() -> Vec<u8> {
+fn initrd(parts: &Path) -> Vec<u8> {
     let mut cpio = Cpio::default();
     for name in ["bin", "proc", "sys", "dev", "modules"] {
         cpio.directory(name);
     }
-    let busybox = fs::read("/bin/busybox").expect("a static busybox is needed: install the package busybox-static");
-    cpio.add("bin/busybox", 0o100_755, &busybox);
+    let read = |name: &str| fs::read(parts.join(name)).unwrap();
+    cpio.add("bin/busybox", 0o100_755, &read("busybox"));
     cpio.add("init", 0o100_755, INIT.as_bytes());
-    if let Some(modules) = std::env::var_os("MVM_TEST_MODULES") {
-        for (index, module) in MODULES.iter().enumerate() {
-            let path = Path::new(&modules).join(module);
-            let content = fs::read(&path).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()));
-            cpio.add(&format!("modules/{index}.ko"), 0o100_644, &content);
-        }
+    // Pairs of name and device, in the order in which they are loaded, which is also that of two digits.
+    let list: serde_json::Value = serde_json::from_slice(&read("parts.json")).unwrap();
+    for (index, module) in list["modules"].as_array().unwrap().iter().enumerate() {
+        let name = module[0].as_str().unwrap();
+        cpio.add(&format!("modules/{index:02}.ko"), 0o100_644, &read(&format!("{name}.ko")));
     }
     cpio.add("TRAILER!!!", 0, &[]);
     cpio.0
@@ -127,12 +121,11 @@ struct Fixture {
 impl Fixture {
     fn new(instance: u32) -> Self {
         assert!(rustix::process::geteuid().is_root(), "this test needs root: it gives machines a user of their own");
-        let kernel = std::env::var_os("MVM_TEST_KERNEL")
-            .map(PathBuf::from)
-            .expect("MVM_TEST_KERNEL is not set; it names an uncompressed vmlinux (cargo xtask test sets it)");
+        let parts = parts();
+        let kernel = parts.join("vmlinux");
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        fs::write(dir.path().join("initrd"), initrd()).unwrap();
+        fs::write(dir.path().join("initrd"), initrd(&parts)).unwrap();
         fs::set_permissions(dir.path().join("initrd"), fs::Permissions::from_mode(0o644)).unwrap();
         for (name, mib) in [("root", 1), ("data", 2)] {
             File::create(dir.path().join(name)).unwrap().set_len(mib << 20).unwrap();
