@@ -79,7 +79,7 @@ impl ObservedInstance {
 
     /// Tells whether the document and the world disagree: a change of state was cut off, or the virtual machine died.
     pub fn needs_recovery(&self) -> bool {
-        self.doc.transition.is_some() || (self.doc.state.vm().is_some() && self.liveness == Liveness::Gone)
+        self.doc.transition.is_some() || self.doc.passing_to.is_some() || (self.doc.state.vm().is_some() && self.liveness == Liveness::Gone)
     }
 }
 

@@ -316,23 +316,22 @@ impl Node {
 
     /// Takes room in a tenant's quotas, and keeps it by an effect that makes it visible to others: a document written.
     ///
-    /// `ask` gets the usage as it is and returns it as it would be, and what of it the quotas are held against; `keep` runs while
-    /// nobody else can take room.
+    /// `ask` gets the usage as it is and returns it as it would be; `keep` runs while nobody else can take room.
     ///
     /// # Errors
     /// The quota that leaves no room; whatever `keep` says.
     pub(crate) fn take_room<T>(
         &self,
         tenant: &TenantDoc,
-        ask: impl FnOnce(&Usage) -> (Usage, Usage),
+        ask: impl FnOnce(&Usage) -> Usage,
         keep: impl FnOnce() -> Result<T, LifecycleError>,
     ) -> Result<T, LifecycleError> {
         let ledger = self.ledger(&tenant.tenant_id);
         let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
         let mut guard = self.lock(&keys::admission_lock(&tenant.tenant_id))?;
         let before = self.usage(&tenant.tenant_id, &mut ledger, &*guard)?;
-        let (after, checked) = ask(&before);
-        if let Err(refused) = tenant.quotas.check(&tenant.tenant_id, &before, &checked) {
+        let after = ask(&before);
+        if let Err(refused) = tenant.quotas.check(&tenant.tenant_id, &before, &after) {
             ledger.usage = Some(before);
             return Err(refused.into());
         }

@@ -28,14 +28,49 @@ pub struct Usage {
 }
 
 /// What an instance counts as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// A running instance.
+    Running,
+    /// A warm instance.
+    Warm,
+    /// One that is up only on its way to sleep: it needs CPUs and memory, and serves nobody.
+    Passing,
+    /// None of these.
+    Down,
+}
+
+impl Counted {
+    /// What an instance counts as that is in a state, or is about to be, on its way to another one.
+    pub fn on_the_way(state: StateName, goal: Option<StateName>) -> Self {
+        match (state, goal) {
+            (StateName::Running, Some(StateName::Warm)) => Counted::Warm,
+            (StateName::Running, Some(StateName::Sleeping)) => Counted::Passing,
+            (state, _) => state.into(),
+        }
+    }
+}
+
+impl From<StateName> for Counted {
+    fn from(state: StateName) -> Self {
+        match state {
+            StateName::Running => Counted::Running,
+            StateName::Warm => Counted::Warm,
+            _ => Counted::Down,
+        }
+    }
+}
+
+/// Tells what an instance counts as.
 ///
 /// While a change of state is under way an instance counts as what it becomes, unless that is less: room is taken before the
 /// effect and given back after it.
-pub fn counts_as(doc: &InstanceDoc) -> StateName {
-    match &doc.transition {
+pub fn counts_as(doc: &InstanceDoc) -> Counted {
+    let state = match &doc.transition {
         Some(transition) if matches!(transition.to, StateName::Running | StateName::Warm) => transition.to,
         _ => doc.state.name(),
-    }
+    };
+    Counted::on_the_way(state, doc.passing_to)
 }
 
 impl Usage {
@@ -63,23 +98,25 @@ impl Usage {
         self.disk_mib = self.disk_mib.saturating_sub(disk_mib);
     }
 
-    /// Counts an instance as being in a state.
-    pub fn enter(&mut self, state: StateName, resources: &InstanceResources) {
-        match state {
-            StateName::Running => self.running += 1,
-            StateName::Warm => self.warm += 1,
-            _ => return,
+    /// Counts an instance as something.
+    pub fn enter(&mut self, counted: impl Into<Counted>, resources: &InstanceResources) {
+        match counted.into() {
+            Counted::Running => self.running += 1,
+            Counted::Warm => self.warm += 1,
+            Counted::Passing => {}
+            Counted::Down => return,
         }
         self.vcpus += u64::from(resources.vcpus);
         self.mem_mib += u64::from(resources.mem_mib);
     }
 
-    /// Counts an instance as being in a state no more.
-    pub fn leave(&mut self, state: StateName, resources: &InstanceResources) {
-        match state {
-            StateName::Running => self.running = self.running.saturating_sub(1),
-            StateName::Warm => self.warm = self.warm.saturating_sub(1),
-            _ => return,
+    /// Counts an instance as that no more.
+    pub fn leave(&mut self, counted: impl Into<Counted>, resources: &InstanceResources) {
+        match counted.into() {
+            Counted::Running => self.running = self.running.saturating_sub(1),
+            Counted::Warm => self.warm = self.warm.saturating_sub(1),
+            Counted::Passing => {}
+            Counted::Down => return,
         }
         self.vcpus = self.vcpus.saturating_sub(u64::from(resources.vcpus));
         self.mem_mib = self.mem_mib.saturating_sub(u64::from(resources.mem_mib));

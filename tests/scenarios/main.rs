@@ -3,5 +3,6 @@
 mod fleet;
 mod kill;
 mod order;
+mod quota;
 mod scale;
 mod world;

@@ -14,6 +14,7 @@ use crate::agent::order::{bring_up_order, role_priority, waits_for};
 use crate::vm::instance::{StateName, Verb};
 use crate::vm::pool::PoolSpec;
 use crate::vm::sleep_policy;
+use crate::vmm::Liveness;
 
 /// What is known of a pool while its tenant is planned.
 #[derive(Default)]
@@ -67,7 +68,8 @@ impl Planner<'_> {
             self.admit(desired, spec, &mut works, down_over.into_iter().chain(created).map(follows).collect());
             created = works[&spec.pool_id].created.or(created);
         }
-        let network = self.network_for(&desired.tenant_id, &works, destroyed);
+        let new = document.filter(|_| observed.is_none());
+        let network = self.network_for(&desired.tenant_id, &works, new, destroyed);
         for &spec in &order {
             self.up(desired, spec, &mut works, network);
         }
@@ -79,12 +81,20 @@ impl Planner<'_> {
     }
 
     /// Plans to make bridge and rules fit, after what is created and destroyed and before what starts.
-    fn network_for(&mut self, tenant: &TenantId, works: &BTreeMap<&PoolId, PoolWork<'_>>, destroyed: Vec<Edge>) -> Option<usize> {
+    fn network_for(
+        &mut self,
+        tenant: &TenantId,
+        works: &BTreeMap<&PoolId, PoolWork<'_>>,
+        new: Option<usize>,
+        destroyed: Vec<Edge>,
+    ) -> Option<usize> {
         let created: Vec<Edge> = works.values().filter_map(|work| work.created).map(needs).collect();
         let boots = |verb: &Verb| matches!(verb, Verb::Start | Verb::Wake);
         let mut chains = works.values().flat_map(|work| work.assignment.up.iter().chain(&work.assignment.replace));
         let why = if !created.is_empty() {
             format!("new instances in {tenant}")
+        } else if new.is_some() {
+            format!("{tenant} is new")
         } else if !destroyed.is_empty() {
             format!("instances of {tenant} are gone")
         } else if chains.any(|chain| chain.verbs.iter().any(boots)) {
@@ -92,7 +102,7 @@ impl Planner<'_> {
         } else {
             return None;
         };
-        let step = self.step(Action::ApplyNetwork, why, created.into_iter().chain(destroyed).collect());
+        let step = self.step(Action::ApplyNetwork, why, new.map(needs).into_iter().chain(created).chain(destroyed).collect());
         self.network = true;
         Some(step)
     }
@@ -155,7 +165,10 @@ impl Planner<'_> {
         for one in observed.instances.iter().filter(|one| !one.busy && one.needs_recovery()) {
             let why = match &one.doc.transition {
                 Some(transition) => format!("it was cut off on its way from {} to {}", one.doc.state.name(), transition.to),
-                None => format!("its virtual machine died while it was {}", one.doc.state.name()),
+                None if one.doc.state.vm().is_some() && one.liveness == Liveness::Gone => {
+                    format!("its virtual machine died while it was {}", one.doc.state.name())
+                }
+                None => "it was brought up for another state, and went no further".to_owned(),
             };
             self.step(Action::Recover { at: one.doc.at() }, why, Vec::new());
             self.plan.look_again = Some(Duration::ZERO);

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use mvm_types::{InstanceAddress, InstanceId, PoolId, RevisionId, Role, TenantId};
 use serde::{Deserialize, Serialize};
 
-use super::state::{InstanceState, Transition};
+use super::state::{InstanceState, StateName, Transition};
 use crate::infra::clock::Moment;
 use crate::infra::failure::Failure;
 use crate::net::{InstanceNetwork, InstanceOffset, TenantNetId, TenantNetwork};
@@ -47,6 +47,9 @@ pub struct InstanceDoc {
     /// The change of state under way, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transition: Option<Transition>,
+    /// The state that it is brought up for, when that is not to run: it counts as that meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passing_to: Option<StateName>,
     /// What last went wrong, until it goes right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,

@@ -54,6 +54,7 @@ impl Node {
                 created: created.clone(),
                 state: if doc.revision.is_some() { InstanceState::Ready } else { InstanceState::Created },
                 transition: None,
+                passing_to: None,
                 failure: None,
             });
         }
@@ -62,7 +63,7 @@ impl Node {
         let ask = |before: &crate::vm::usage::Usage| {
             let mut after = before.clone();
             (0..count).for_each(|_| after.add_instance(&pool.pool, disk_mib));
-            (after.clone(), after)
+            after
         };
         self.take_room(&tenant, ask, || self.write_new(&docs))?;
         for doc in &docs {

@@ -26,7 +26,7 @@ use crate::vm::keys;
 use crate::vm::node::Node;
 use crate::vm::pool::{PoolDoc, RuntimePolicy};
 use crate::vm::tenant::TenantDoc;
-use crate::vm::usage::Usage;
+use crate::vm::usage::{Counted, Usage};
 use crate::vmm::{Liveness, VmHandle};
 
 /// How long the lifecycle tries to reach a guest agent that ran a moment ago.
@@ -114,7 +114,11 @@ impl Node {
         let begun = Instant::now();
         let from = instance.doc.state.name();
         let role = instance.doc.role;
-        let result = instance.recover();
+        let result = match instance.recover() {
+            // Whoever brought it up for another state did not come to that.
+            Ok(None) if instance.doc.passing_to.is_some() => instance.go_no_further(),
+            other => other,
+        };
         if !matches!(result, Ok(None)) {
             let error = result.as_ref().err().map(|error| with_causes(error));
             self.audit_instance(at, role, "recover", (from, instance.doc.state.name()), error, begun.elapsed())?;
@@ -215,11 +219,15 @@ impl Locked<'_> {
     /// Writes down the result, and gives the room back that the state before took and this one does not.
     pub(super) fn arrive(&mut self, state: InstanceState) -> Result<(), LifecycleError> {
         let was = crate::vm::usage::counts_as(&self.doc);
+        // Up, it may yet be on its way to another state; anywhere else it has arrived.
+        if state.name() != StateName::Running {
+            self.doc.passing_to = None;
+        }
         self.doc.state = state;
         self.doc.transition = None;
         self.doc.failure = None;
         self.save()?;
-        let is = self.doc.state.name();
+        let is = crate::vm::usage::counts_as(&self.doc);
         if was != is {
             let resources = self.doc.blueprint.resources.clone();
             self.node.give_back_room(&self.at.tenant, |usage| {
@@ -230,22 +238,26 @@ impl Locked<'_> {
         Ok(())
     }
 
-    /// Writes down the intent while the room for it is taken.
+    /// Writes down the intent while the room for it is taken. `goal` is where it goes from there.
     fn intend_with_room(&mut self, to: StateName, goal: StateName) -> Result<(), LifecycleError> {
-        let (from, resources) = (self.doc.state.name(), self.doc.blueprint.resources.clone());
-        // An instance that starts only to sleep needs CPUs and memory, and is no running instance that serves anybody.
-        let counted = if goal == StateName::Warm { StateName::Warm } else { StateName::Running };
-        let serves = goal != StateName::Sleeping;
+        let resources = self.doc.blueprint.resources.clone();
+        let from = crate::vm::usage::counts_as(&self.doc);
+        self.doc.passing_to = (goal != to).then_some(goal);
+        let counted = Counted::on_the_way(to, self.doc.passing_to);
         let tenant = self.tenant.clone();
         let ask = |before: &Usage| {
             let mut after = before.clone();
             after.leave(from, &resources);
             after.enter(counted, &resources);
-            let checked = if serves { after.clone() } else { Usage { running: before.running, ..after.clone() } };
-            (after, checked)
+            after
         };
         let node = self.node;
-        node.take_room(&tenant, ask, || self.intend(to))
+        let intended = node.take_room(&tenant, ask, || self.intend(to));
+        if intended.is_err() {
+            self.doc.passing_to = None;
+            self.doc.transition = None;
+        }
+        intended
     }
 
     fn record_failure(&mut self, verb: Verb, error: &LifecycleError) -> Result<(), LifecycleError> {
@@ -319,6 +331,19 @@ impl Locked<'_> {
         self.arrive(state)?;
         self.doc.failure = failure;
         Err(error)
+    }
+
+    /// Forgets that it was brought up for another state than to run.
+    fn go_no_further(&mut self) -> Result<Option<&'static str>, LifecycleError> {
+        let was = crate::vm::usage::counts_as(&self.doc);
+        self.doc.passing_to = None;
+        self.save()?;
+        let (is, resources) = (crate::vm::usage::counts_as(&self.doc), self.doc.blueprint.resources.clone());
+        self.node.give_back_room(&self.at.tenant, |usage| {
+            usage.leave(was, &resources);
+            usage.enter(is, &resources);
+        })?;
+        Ok(Some("it was brought up for another state, and went no further"))
     }
 
     fn vm(&self) -> Result<(VmHandle, String), LifecycleError> {
@@ -540,10 +565,7 @@ impl Locked<'_> {
         let blueprint = self.pool.spec.blueprint();
         let (was, is) = (self.doc.blueprint.resources.data_disk_mib, blueprint.resources.data_disk_mib);
         let tenant = self.tenant.clone();
-        let ask = |before: &Usage| {
-            let after = Usage { disk_mib: before.disk_mib.saturating_sub(was) + is, ..before.clone() };
-            (after.clone(), after)
-        };
+        let ask = |before: &Usage| Usage { disk_mib: before.disk_mib.saturating_sub(was) + is, ..before.clone() };
         let before = self.doc.clone();
         self.doc.blueprint = blueprint;
         self.doc.revision = Some(revision);
