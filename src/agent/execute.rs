@@ -268,14 +268,13 @@ impl Runner<'_> {
 
     fn gate(&self, pool: &PoolAddress, wanted: u32) -> Result<(), LifecycleError> {
         let mut ready = 0;
-        for id in self.node.instances(pool)? {
-            let doc = self.node.instance(&InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id))?;
+        for doc in self.node.pool_instances(pool, &mut Vec::new())? {
             let runs = doc.state.name() == StateName::Running && doc.transition.is_none();
             ready += u32::from(runs && doc.state.vm().is_some_and(|vm| self.node.vmm().liveness(vm) == Liveness::Alive));
         }
         if ready >= wanted {
             return Ok(());
         }
-        Err(LifecycleError::Refused { what: format!("open the gate of {pool}"), why: format!("it has {ready} of {wanted} ready") })
+        Err(LifecycleError::Unready { what: format!("open the gate of {pool}"), why: format!("it has {ready} of {wanted} ready") })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mvm_types::{InstanceAddress, NodeId, PoolAddress, PoolId, TenantId};
+use mvm_types::{NodeId, PoolId, TenantId};
 
 use crate::host::ObservedNetwork;
 use crate::net::{Ruleset, TenantNetId};
@@ -27,6 +27,8 @@ pub struct Observed {
     pub tenants: BTreeMap<TenantId, ObservedTenant>,
     /// Bridges and rules.
     pub network: ObservedNetwork,
+    /// Bridges of tenants whose document was moved aside; they stay.
+    pub kept_bridges: BTreeSet<String>,
     /// What could not be read: quarantined documents and the like, in words.
     pub problems: Vec<String>,
 }
@@ -107,14 +109,21 @@ impl Observed {
 pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     let mut problems = Vec::new();
     let mut tenants = BTreeMap::new();
-    for id in node.tenants()? {
+    let mut kept_bridges = BTreeSet::new();
+    for id in node.tenant_dirs()? {
         match node.documents().read::<TenantDoc>(&keys::tenant_doc(&id)) {
             Ok(Some(doc)) => {
                 let pools = observe_pools(node, &id, &mut problems)?;
                 tenants.insert(id, ObservedTenant { doc, pools });
             }
-            // A directory without a document: a tenant that was never finished, or whose end was cut off.
-            Ok(None) => {}
+            // A directory without a document: a tenant that was never finished, or whose document was moved aside.
+            Ok(None) => {
+                let docs = node.tenant_instances(&id, &mut problems)?;
+                kept_bridges.extend(docs.iter().map(|doc| crate::net::bridge_name(doc.net_id)));
+                if !docs.is_empty() {
+                    problems.push(format!("tenant {id} has no document; put back the one that was moved aside, or apply the fleet again"));
+                }
+            }
             Err(error) => problems.push(with_causes(&error)),
         }
     }
@@ -124,17 +133,21 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
         retired_net_ids: node.retired_net_ids()?,
         tenants,
         network: node.host().observe_network()?,
+        kept_bridges,
         problems,
     })
 }
 
 fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> Result<BTreeMap<PoolId, ObservedPool>, LifecycleError> {
     let mut pools = BTreeMap::new();
-    for id in node.pools(tenant)? {
-        let pool = PoolAddress::new(tenant.clone(), id.clone());
+    for pool in node.pool_dirs(tenant)? {
+        let id = pool.pool.clone();
         let doc = match node.documents().read::<PoolDoc>(&keys::pool_doc(&pool)) {
             Ok(Some(doc)) => doc,
-            Ok(None) => continue,
+            Ok(None) => {
+                problems.push(format!("pool {pool} has no document; put back the one that was moved aside, or apply the fleet again"));
+                continue;
+            }
             Err(error) => {
                 problems.push(with_causes(&error));
                 continue;
@@ -145,17 +158,8 @@ fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> 
             _ => ImagePresence::Missing,
         };
         let mut instances = Vec::new();
-        for id in node.instances(&pool)? {
-            let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
-            match node.documents().read::<InstanceDoc>(&keys::instance_doc(&at)) {
-                Ok(Some(doc)) => instances.push(observe_instance(node, &at, doc)?),
-                Ok(None) if node.documents().raw().is_unfinished(&keys::instance_dir(&at))? => {}
-                Ok(None) => problems.push(format!(
-                    "instance {at} has no document; put back the one that was moved aside, or remove {} if its data is not needed",
-                    node.paths.instance(&at).display()
-                )),
-                Err(error) => problems.push(with_causes(&error)),
-            }
+        for doc in node.pool_instances(&pool, problems)? {
+            instances.push(observe_instance(node, doc)?);
         }
         instances.sort_by(|a, b| a.age().cmp(&b.age()));
         pools.insert(id, ObservedPool { doc, image, instances });
@@ -163,9 +167,9 @@ fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> 
     Ok(pools)
 }
 
-fn observe_instance(node: &Node, at: &InstanceAddress, doc: InstanceDoc) -> Result<ObservedInstance, LifecycleError> {
+fn observe_instance(node: &Node, doc: InstanceDoc) -> Result<ObservedInstance, LifecycleError> {
     let liveness = doc.state.vm().map_or(Liveness::Gone, |vm| node.vmm().liveness(vm));
     // Only who is amid a change holds the lock for long.
-    let busy = doc.transition.is_some() && node.documents().raw().is_locked(&keys::instance_dir(at))?;
+    let busy = doc.transition.is_some() && node.documents().raw().is_locked(&keys::instance_dir(&doc.at()))?;
     Ok(ObservedInstance { doc, liveness, busy })
 }

@@ -103,7 +103,7 @@ impl Planner<'_> {
         let wanted: BTreeSet<String> = self.observed.tenants.values().map(|tenant| tenant.doc.network.network().bridge()).collect();
         let list = |names: Vec<&String>| names.into_iter().cloned().collect::<Vec<_>>().join(", ");
         let missing = list(wanted.difference(there).collect());
-        let left_over = list(there.difference(&wanted).collect());
+        let left_over = list(there.difference(&wanted).filter(|name| !self.observed.kept_bridges.contains(*name)).collect());
         let why = if !missing.is_empty() {
             format!("missing: {missing}")
         } else if !left_over.is_empty() {

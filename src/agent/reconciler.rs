@@ -12,8 +12,10 @@ use super::observe::{Observed, observe};
 use super::plan::{Deferred, Plan, Retry, check_against, plan};
 use crate::store::{StoreError, Wait};
 use crate::vm::error::{FailureKind, LifecycleError, with_causes};
+use crate::vm::instance::StateName;
 use crate::vm::keys;
 use crate::vm::node::Node;
+use crate::vm::pool::DesiredCounts;
 
 /// Why a document was not carried out at all.
 #[derive(Debug, thiserror::Error)]
@@ -139,36 +141,41 @@ pub fn apply(node: &Node, desired: &DesiredState, options: &ApplyOptions<'_>) ->
     let execute_options = ExecuteOptions { parallel: options.parallel, progress: options.progress, cancel: options.cancel };
     let mut retry = Retry::Now;
     let mut tries: BTreeMap<String, u32> = BTreeMap::new();
+    let mut hopeless: BTreeMap<String, String> = BTreeMap::new();
+    let mut last: Option<Plan> = None;
     loop {
         let report = pass(node, desired, retry, Wait::Until(options.deadline), &execute_options)?;
         retry = Retry::WhenDue;
         if options.cancel.load(Ordering::SeqCst) {
             return Ok(Applied::Interrupted);
         }
-        let failed: BTreeMap<String, String> =
-            report.failed().map(|(outcome, error, _)| (outcome.object.clone(), error.to_owned())).collect();
         if report.plan.is_settled() {
-            return Ok(Applied::Ready);
+            if report.problems.is_empty() {
+                return Ok(Applied::Ready);
+            }
+            let failed = BTreeMap::from([("documents".to_owned(), report.problems.join("; "))]);
+            return Ok(Applied::Partly { failed, deferred: Vec::new() });
         }
-        let mut hopeless = false;
-        for (outcome, _, retry_can_help) in report.failed() {
+        let mut failed: BTreeMap<String, String> = BTreeMap::new();
+        for (outcome, error, retry_can_help) in report.failed() {
+            failed.insert(outcome.object.clone(), error.to_owned());
             let count = tries.entry(outcome.object.clone()).or_default();
             *count += 1;
-            hopeless |= !retry_can_help || *count >= TRIES;
+            if !retry_can_help || *count >= TRIES {
+                hopeless.insert(outcome.object.clone(), error.to_owned());
+            }
         }
         // What failed before and waits for its next try is still failing.
-        let waiting: BTreeMap<String, String> = report
-            .plan
-            .deferred
-            .iter()
-            .filter(|one| tries.contains_key(&one.object))
-            .map(|one| (one.object.clone(), one.why.clone()))
-            .collect();
-        let failed = if failed.is_empty() { waiting } else { failed };
+        for one in report.plan.deferred.iter().filter(|one| tries.contains_key(&one.object)) {
+            failed.entry(one.object.clone()).or_insert_with(|| one.why.clone());
+        }
         let deferred = report.plan.deferred.clone();
-        let did = report.outcomes.iter().any(Outcome::is_done) && report.plan.visible().next().is_some();
         let wait = report.plan.look_again;
-        if hopeless || (!did && failed.is_empty() && wait.is_none()) {
+        // Doing the same again and again is no progress.
+        let did = report.visible().any(|(_, outcome)| outcome.is_done()) && last.as_ref() != Some(&report.plan);
+        last = Some(report.plan);
+        if !did && (!hopeless.is_empty() || (failed.is_empty() && wait.is_none())) {
+            failed.extend(hopeless);
             return Ok(Applied::Partly { failed, deferred });
         }
         if Instant::now() >= options.deadline {
@@ -186,8 +193,8 @@ pub fn apply(node: &Node, desired: &DesiredState, options: &ApplyOptions<'_>) ->
     }
 }
 
-/// Returns the document that describes what is there; applying it changes nothing.
-pub fn describe(observed: &Observed) -> DesiredState {
+/// Returns the document of what was declared: the same declarations that are on disk.
+pub fn declared(observed: &Observed) -> DesiredState {
     let tenants = observed.tenants.values().map(|tenant| DesiredTenant {
         tenant_id: tenant.doc.tenant_id.clone(),
         network: tenant.doc.network.clone(),
@@ -195,6 +202,25 @@ pub fn describe(observed: &Observed) -> DesiredState {
         pools: tenant.pools.values().map(|pool| pool.doc.spec.clone()).collect(),
     });
     DesiredState { schema_version: SCHEMA_VERSION, tenants: tenants.collect(), ..DesiredState::empty() }
+}
+
+/// Returns the document that describes what is there; applying it changes nothing.
+///
+/// The counts are those of the states that instances are in. One that is in none of the three (stopped by hand, say) counts as
+/// running, since a document cannot say otherwise and what is not counted would be destroyed: applying it starts that one.
+pub fn describe(observed: &Observed) -> DesiredState {
+    let mut document = declared(observed);
+    for tenant in &mut document.tenants {
+        for spec in &mut tenant.pools {
+            let Some(pool) = observed.tenants.get(&tenant.tenant_id).and_then(|tenant| tenant.pools.get(&spec.pool_id)) else { continue };
+            let count = |state: StateName| pool.instances.iter().filter(|one| one.doc.state.name() == state).count();
+            let (warm, sleeping) = (count(StateName::Warm), count(StateName::Sleeping));
+            let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+            spec.desired_counts =
+                DesiredCounts { running: number(pool.instances.len() - warm - sleeping), warm: number(warm), sleeping: number(sleeping) };
+        }
+    }
+    document
 }
 
 /// Tells whether an error says that another mvm reconciles right now.

@@ -254,5 +254,10 @@ pub(super) fn print_report(globals: &Globals, report: &Report) -> CliResult {
         }
         print_deferred(&report.plan.deferred)?;
     }
-    Ok(if failed || !report.plan.deferred.is_empty() { Exit::Partly } else { Exit::Done })
+    let ended = |wanted: fn(&End) -> bool| report.outcomes.iter().any(|outcome| wanted(&outcome.end));
+    if ended(|end| matches!(end, End::Cancelled)) {
+        return Ok(Exit::Interrupted);
+    }
+    let partly = failed || ended(|end| matches!(end, End::Held { .. })) || report.plan.look_again.is_some();
+    Ok(if partly || !report.plan.deferred.is_empty() || !report.problems.is_empty() { Exit::Partly } else { Exit::Done })
 }

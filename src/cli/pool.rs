@@ -13,7 +13,7 @@ use super::progress::ProgressLines;
 use super::status::pool_row;
 use crate::agent::desired::{DesiredState, InvalidDocument, Problem, pool_problems};
 use crate::agent::observe::observe;
-use crate::agent::reconciler::describe;
+use crate::agent::reconciler::declared;
 use crate::infra::display::{PoolInfo, PoolRow, print_info, print_rows};
 use crate::vm::instance::{StateName, StopMode};
 use crate::vm::node::Node;
@@ -166,7 +166,7 @@ fn check(pool: &PoolAddress, spec: &PoolSpec) -> Result<(), CliError> {
 /// Changes one declaration and reconciles its tenant: the same way as an edited file would.
 fn change(globals: &Globals, node: &Node, pool: &PoolAddress, timeout: Duration, change: impl FnOnce(&mut PoolSpec)) -> CliResult {
     node.pool(pool)?;
-    let mut desired: DesiredState = describe(&observe(node)?);
+    let mut desired: DesiredState = declared(&observe(node)?);
     desired.tenants.retain(|tenant| tenant.tenant_id == pool.tenant);
     let mut specs = desired.tenants.iter_mut().flat_map(|tenant| &mut tenant.pools);
     if let Some(spec) = specs.find(|spec| spec.pool_id == pool.pool) {

@@ -182,6 +182,21 @@ impl DocumentStore for FileStore {
         remove().map_err(self.error("remove", key))
     }
 
+    fn clear_removed(&self, key: &str) -> Result<(), StoreError> {
+        let Ok(entries) = fs::read_dir(self.path(key)) else { return Ok(()) };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            if name.as_encoded_bytes().starts_with(b".") && name.as_encoded_bytes().ends_with(b".removed") {
+                match fs::remove_dir_all(entry.path()) {
+                    // Whoever removes it right now is quicker.
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.error("clear", key)(error)),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn list(&self, key: &str) -> Result<Vec<String>, StoreError> {
         let entries = match fs::read_dir(self.path(key)) {
             Ok(entries) => entries,

@@ -101,6 +101,10 @@ impl DocumentStore for MemoryStore {
         Ok(())
     }
 
+    fn clear_removed(&self, _key: &str) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     fn list(&self, key: &str) -> Result<Vec<String>, StoreError> {
         let prefix = format!("{key}/");
         let documents = self.documents();

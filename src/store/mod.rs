@@ -68,6 +68,9 @@ pub trait DocumentStore: Send + Sync {
     /// Removes a directory with all documents below it, out of sight in one step; absent is fine.
     fn remove_tree(&self, key: &str) -> Result<(), StoreError>;
 
+    /// Removes what a killed [`DocumentStore::remove_tree`] left directly below a directory.
+    fn clear_removed(&self, key: &str) -> Result<(), StoreError>;
+
     /// Returns the names directly below a directory in order; none when it is absent. Names starting with a dot are left out.
     fn list(&self, key: &str) -> Result<Vec<String>, StoreError>;
 

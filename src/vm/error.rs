@@ -60,6 +60,14 @@ pub enum LifecycleError {
         /// Why not, and what to do.
         why: String,
     },
+    /// What it needs was not there this time.
+    #[error("cannot {what}: {why}")]
+    Unready {
+        /// What was asked for.
+        what: String,
+        /// Why not.
+        why: String,
+    },
     /// Its state does not allow it.
     #[error(transparent)]
     Illegal(#[from] IllegalTransition),

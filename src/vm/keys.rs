@@ -14,6 +14,9 @@ pub const RECONCILE_LOCK: &str = "reconcile";
 /// The lock around bridges and rules, which are rendered from all tenants together.
 pub const NETWORK_LOCK: &str = "network";
 
+/// The lock under which instance ids are given out.
+pub const IDS_LOCK: &str = "instance-ids";
+
 /// A tenant's directory; also the name of its lock.
 pub fn tenant_dir(tenant: &TenantId) -> String {
     format!("{TENANTS}/{tenant}")

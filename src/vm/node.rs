@@ -277,6 +277,19 @@ impl Node {
         failed.map(|()| ids)
     }
 
+    /// Lists the pools that have a directory with something in it, also one whose document is not there.
+    pub(crate) fn pool_dirs(&self, tenant: &TenantId) -> Result<Vec<PoolAddress>, LifecycleError> {
+        let ids: Vec<PoolId> = self.ids(&keys::pools_dir(tenant))?;
+        let mut dirs = Vec::new();
+        for id in ids {
+            let pool = PoolAddress::new(tenant.clone(), id);
+            if !self.documents().raw().is_unfinished(&keys::pool_dir(&pool))? {
+                dirs.push(pool);
+            }
+        }
+        Ok(dirs)
+    }
+
     fn is_there(&self, key: &str, failed: &mut Result<(), LifecycleError>) -> bool {
         match self.documents().raw().exists(key) {
             Ok(there) => there,
@@ -301,14 +314,26 @@ impl Node {
     /// Reads every instance of a tenant; those whose document cannot be read are named in `problems`.
     pub fn tenant_instances(&self, tenant: &TenantId, problems: &mut Vec<String>) -> Result<Vec<InstanceDoc>, LifecycleError> {
         let mut docs = Vec::new();
-        for pool in self.pools(tenant)? {
-            let pool = PoolAddress::new(tenant.clone(), pool);
-            for id in self.instances(&pool)? {
-                let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
-                match self.documents().read(&keys::instance_doc(&at)) {
-                    Ok(doc) => docs.extend(doc),
-                    Err(error) => problems.push(super::error::with_causes(&error)),
-                }
+        for pool in self.pool_dirs(tenant)? {
+            docs.extend(self.pool_instances(&pool, problems)?);
+        }
+        Ok(docs)
+    }
+
+    /// Reads every instance of a pool; those whose document cannot be read are named in `problems`.
+    pub fn pool_instances(&self, pool: &PoolAddress, problems: &mut Vec<String>) -> Result<Vec<InstanceDoc>, LifecycleError> {
+        let mut docs = Vec::new();
+        for id in self.instances(pool)? {
+            let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
+            match self.documents().read(&keys::instance_doc(&at)) {
+                Ok(Some(doc)) => docs.push(doc),
+                // A killed creation: nothing was made yet.
+                Ok(None) if self.documents().raw().is_unfinished(&keys::instance_dir(&at))? => {}
+                Ok(None) => problems.push(format!(
+                    "instance {at} has no document; put back the one that was moved aside, or remove {} if its data is not needed",
+                    self.paths.instance(&at).display()
+                )),
+                Err(error) => problems.push(super::error::with_causes(&error)),
             }
         }
         Ok(docs)

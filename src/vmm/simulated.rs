@@ -139,6 +139,11 @@ impl SimulatedVmm {
         Self { switch, ..self.clone() }
     }
 
+    /// Returns the same machines with another script.
+    pub fn with_script(&self, rules: &[Rule]) -> Self {
+        Self { script: Arc::new(Script { rules: rules.to_vec() }), ..self.clone() }
+    }
+
     /// Returns the instances whose machines run, with whether they are paused.
     pub fn machines(&self) -> BTreeMap<String, bool> {
         self.lock().machines.values().map(|machine| (machine.at.clone(), machine.paused)).collect()

@@ -220,3 +220,45 @@ fn generations_only_grow() {
     desired.generation = Some(5);
     world.ready(&desired);
 }
+
+#[test]
+fn a_rollout_stops_at_the_first_that_does_not_come_up() {
+    let mut world = World::new();
+    world.ready(&fleet("running = 1", "running = 3"));
+    let mut broken = fleet("running = 1", "running = 3");
+    broken.tenants[0].pools[1].instance_resources.mem_mib = 256;
+    world.vmm = world.vmm.with_script(&[rule(SimulatedStep::Boot, "acme/web", "no memory", 1000)]);
+    for _ in 0..4 {
+        world.pass(&broken);
+    }
+    assert_eq!(world.states("acme/web"), [2, 0, 0]);
+    let plan = world.plan(&broken);
+    assert!(plan.deferred.iter().any(|one| one.why.starts_with("the rollout waits for acme/web/")), "{:#?}", plan.deferred);
+}
+
+#[test]
+fn nothing_is_stopped_that_there_is_no_room_to_start_again() {
+    let world = World::new();
+    let mut desired = fleet("running = 0", "running = 2");
+    desired.tenants[0].quotas.max_mem_mib = Some(300);
+    world.ready(&desired);
+    desired.tenants[0].pools[1].instance_resources.mem_mib = 256;
+    for _ in 0..3 {
+        let report = world.pass(&desired);
+        assert_eq!(report.failed().count(), 0);
+    }
+    assert_eq!(world.states("acme/web"), [2, 0, 0]);
+    assert_eq!(world.plan(&desired).deferred[0].why, "acme would have 384 MiB of memory, and its quota max_mem_mib is 300");
+}
+
+#[test]
+fn what_is_there_is_described_as_it_is() {
+    let world = World::new();
+    world.ready(&fleet("running = 1", "running = 3"));
+    let victim = world.observe().tenants["acme"].pools["web"].instances[2].doc.at();
+    world.node().sleep(&victim).unwrap();
+    let described = describe(&world.observe());
+    assert_eq!(described.tenants[0].pools[1].desired_counts.sleeping, 1);
+    world.ready(&described);
+    assert_eq!(world.states("acme/web"), [2, 0, 1]);
+}

@@ -2,6 +2,7 @@
 
 use mvm::agent::desired::DesiredState;
 use mvm::infra::kill_switch::KillSwitch;
+use mvm::vm::instance::InstanceState;
 
 use crate::world::{World, apply_on, fleet, nothing};
 
@@ -69,4 +70,27 @@ fn while_instances_are_replaced() {
 #[test]
 fn while_everything_is_destroyed() {
     killed_everywhere(Some(&fleet("running = 1", "running = 1, warm = 1, sleeping = 1")), &nothing());
+}
+
+#[test]
+fn while_there_are_fewer_wanted() {
+    killed_everywhere(Some(&fleet("running = 1", "running = 3")), &fleet("running = 1", "running = 1"));
+}
+
+/// A warm machine has the only copy of its memory: whatever happens to mvm, it is the same machine afterwards.
+#[test]
+fn while_a_warm_machine_is_resumed_by_hand() {
+    for n in 0..12 {
+        let world = World::new();
+        world.ready(&fleet("running = 1", "warm = 1"));
+        let at = world.observe().tenants["acme"].pools["web"].instances[0].doc.at();
+        let boot = |world: &World| match world.node().instance(&at).unwrap().state {
+            InstanceState::Running { guest_boot, .. } | InstanceState::Warm { guest_boot, .. } => guest_boot,
+            other => panic!("killed at {n}: {other:?}"),
+        };
+        let before = boot(&world);
+        let _ = world.process(&KillSwitch::at(n)).and_then(|node| node.resume(&at));
+        world.ready(&fleet("running = 1", "running = 1"));
+        assert_eq!(boot(&world), before, "killed at {n}");
+    }
 }

@@ -11,6 +11,7 @@ use crate::vm::tenant::Quotas;
 use crate::vm::usage::Usage;
 
 /// The usage of every tenant and of the node, as it will be after the steps planned so far.
+#[derive(Clone)]
 pub(super) struct NodeRoom {
     capacity_mib: u64,
     used_mib: u64,
@@ -48,20 +49,19 @@ impl NodeRoom {
         self.tenants.entry(tenant.clone()).or_default().remove_instance(pool, resources.data_disk_mib);
     }
 
-    /// Takes the room that an instance needs to go from one state to another, if there is any.
+    /// Takes the room that an instance needs that takes none now, if there is any.
     ///
     /// `new` is whether the instance is yet to be made. A goal that is neither Running nor Warm needs the memory and the CPUs only
     /// on the way, and gives them back.
     ///
     /// # Errors
     /// Which quota or capacity leaves no room, in words.
-    pub(super) fn take(&mut self, ask: &Ask<'_>, new: bool, from: StateName, goal: StateName) -> Result<(), String> {
+    pub(super) fn take(&mut self, ask: &Ask<'_>, new: bool, goal: StateName) -> Result<(), String> {
         let before = self.tenants.entry(ask.tenant.clone()).or_default();
         let mut after = before.clone();
         if new {
             after.add_instance(ask.pool, ask.resources.data_disk_mib);
         }
-        after.leave(from, ask.resources);
         let mut peak = after.clone();
         match goal {
             StateName::Running | StateName::Warm => {

@@ -163,6 +163,19 @@ impl Planner<'_> {
             work.held = Some(why);
         }
         for one in observed.instances.iter().filter(|one| !one.busy && one.needs_recovery()) {
+            if one.doc.transition.as_ref().is_some_and(|transition| transition.to == StateName::Destroyed) {
+                let target = Target::Existing(one.doc.at());
+                let gone = self.step(
+                    Action::Change { verb: Verb::Destroy, target, goal: StateName::Destroyed },
+                    "its end was cut off",
+                    Vec::new(),
+                );
+                self.step(Action::ApplyNetwork, "an instance is gone", vec![follows(gone)]);
+                self.network = true;
+                self.plan.look_again = Some(Duration::ZERO);
+                work.held = Some(format!("{} is destroyed first", one.doc.at()));
+                continue;
+            }
             let why = match &one.doc.transition {
                 Some(transition) => format!("it was cut off on its way from {} to {}", one.doc.state.name(), transition.to),
                 None if one.doc.state.vm().is_some() && one.liveness == Liveness::Gone => {
@@ -241,12 +254,14 @@ impl Planner<'_> {
             }
             let state = instance.doc.state.name();
             let resources = &instance.doc.blueprint.resources;
+            let before = self.room.clone();
             self.room.give_back(&tenant.tenant_id, state, resources);
             match chain.goal {
                 StateName::Destroyed => self.room.remove(&tenant.tenant_id, &spec.pool_id, resources),
                 StateName::Warm => {
                     let ask = Ask { tenant: &tenant.tenant_id, quotas: &tenant.quotas, pool: &spec.pool_id, resources };
-                    if let Err(why) = self.room.take(&ask, false, StateName::Stopped, StateName::Warm) {
+                    if let Err(why) = self.room.take(&ask, false, StateName::Warm) {
+                        self.room = before;
                         work.down_deferred = true;
                         self.defer(&at, what, why, None);
                         continue;
@@ -291,12 +306,15 @@ impl Planner<'_> {
             up.clear();
             replace.clear();
         }
+        let failing = up.iter().chain(replace.iter()).find_map(|chain| self.chain_waits(chain));
         *up = self.with_room(tenant, spec, &pool, std::mem::take(up));
-        if let Some((at, why, wait)) = replace.iter().find_map(|chain| self.replacement_waits(chain)) {
-            self.defer(at, "replace", why, Some(wait));
-            // The rollout goes no further than the one that failed.
+        if let Some((at, why, wait)) = failing.filter(|_| !replace.is_empty()) {
+            // The rollout goes no further while one of the pool does not come up.
+            let why = format!("the rollout waits for {at}: {why}");
+            self.defer(&pool, format!("replace {}", replace.len()), why, Some(wait));
             replace.clear();
         }
+        *replace = self.with_room_again(tenant, spec, std::mem::take(replace));
         let new = up.iter().filter(|chain| chain.instance.is_none()).count();
         if new > 0 {
             let why = format!("{pool} wants {} instances", spec.desired_counts.total());
@@ -311,7 +329,7 @@ impl Planner<'_> {
         }
     }
 
-    fn replacement_waits(&self, chain: &Chain<'_>) -> Option<(mvm_types::InstanceAddress, String, Duration)> {
+    fn chain_waits(&self, chain: &Chain<'_>) -> Option<(mvm_types::InstanceAddress, String, Duration)> {
         let one = chain.instance?;
         self.waits(one.doc.failure.as_ref()).map(|(why, wait)| (one.doc.at(), why, wait))
     }
@@ -371,6 +389,35 @@ impl Planner<'_> {
         }
     }
 
+    fn ask<'s>(tenant: &'s DesiredTenant, spec: &'s PoolSpec) -> Ask<'s> {
+        Ask { tenant: &tenant.tenant_id, quotas: &tenant.quotas, pool: &spec.pool_id, resources: &spec.instance_resources }
+    }
+
+    /// Counts an instance no more, before it is counted as what it becomes.
+    fn forget(&mut self, instance: Option<&ObservedInstance>) {
+        if let Some(one) = instance {
+            self.room.give_back(&one.doc.tenant_id, one.doc.state.name(), &one.doc.blueprint.resources);
+            self.room.remove(&one.doc.tenant_id, &one.doc.pool_id, &one.doc.blueprint.resources);
+        }
+    }
+
+    /// Keeps the replacements that there is room for: what is not started again must not be stopped.
+    fn with_room_again<'a>(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, replace: Vec<Chain<'a>>) -> Vec<Chain<'a>> {
+        let mut admitted = Vec::new();
+        for chain in replace {
+            let before = self.room.clone();
+            self.forget(chain.instance);
+            match self.room.take(&Self::ask(tenant, spec), true, chain.goal) {
+                Ok(()) => admitted.push(chain),
+                Err(why) => {
+                    self.room = before;
+                    self.defer(chain.instance.map(|one| one.doc.at()).expect("what is replaced is there"), "replace", why, None);
+                }
+            }
+        }
+        admitted
+    }
+
     /// Keeps the chains up that may be done now and that there is room for; defers the others.
     fn with_room<'a>(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, pool: &PoolAddress, up: Vec<Chain<'a>>) -> Vec<Chain<'a>> {
         let mut admitted = Vec::new();
@@ -382,11 +429,14 @@ impl Planner<'_> {
                 self.defer(one.doc.at(), chain.verbs[0].as_str(), why, Some(wait));
                 continue;
             }
-            let ask = Ask { tenant: &tenant.tenant_id, quotas: &tenant.quotas, pool: &spec.pool_id, resources: &spec.instance_resources };
-            let from = chain.instance.map_or(StateName::Ready, |one| one.doc.state.name());
-            match self.room.take(&ask, chain.instance.is_none(), from, chain.goal) {
+            let before = self.room.clone();
+            self.forget(chain.instance);
+            match self.room.take(&Self::ask(tenant, spec), true, chain.goal) {
                 Ok(()) => admitted.push(chain),
-                Err(why) => *refused.entry((chain.verbs[0], why)).or_default() += 1,
+                Err(why) => {
+                    self.room = before;
+                    *refused.entry((chain.verbs[0], why)).or_default() += 1;
+                }
             }
         }
         for ((verb, why), count) in refused {

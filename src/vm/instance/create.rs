@@ -25,9 +25,21 @@ impl Node {
         let _tenant = self.lock(&keys::tenant_dir(&pool.tenant))?;
         let tenant = self.tenant(&pool.tenant)?;
         let doc = self.pool(pool)?;
-        let existing = self.tenant_instances(&pool.tenant, &mut Vec::new())?;
+        let mut problems = Vec::new();
+        let existing = self.tenant_instances(&pool.tenant, &mut problems)?;
+        if let Some(problem) = problems.first() {
+            let why = format!("which addresses of the tenant are taken is not known: {problem}");
+            return Err(LifecycleError::Refused { what: format!("create an instance in {pool}"), why });
+        }
         let mut taken: BTreeSet<u16> = existing.iter().map(|doc| doc.offset.0).collect();
-        let mut ids: BTreeSet<InstanceId> = existing.iter().map(|doc| doc.instance_id.clone()).collect();
+        // Run directories are named by the instance alone: its id is the node's only one.
+        let _ids = self.lock(keys::IDS_LOCK)?;
+        let mut ids: BTreeSet<InstanceId> = BTreeSet::new();
+        for tenant in self.tenant_dirs()? {
+            for pool in self.pool_dirs(&tenant)? {
+                ids.extend(self.instances(&pool)?);
+            }
+        }
         let network = tenant.network.network();
         let mut docs = Vec::new();
         let mut free = (0..=u16::MAX).filter(|offset| !taken.contains(offset)).collect::<Vec<_>>().into_iter();

@@ -134,6 +134,10 @@ impl Node {
         body: impl FnOnce(&mut Locked<'_>) -> Result<(), LifecycleError>,
     ) -> Result<(), LifecycleError> {
         let mut instance = self.lock_instance(at)?;
+        if instance.doc.transition.as_ref().is_some_and(|transition| transition.to == StateName::Destroyed) {
+            let why = format!("its end was cut off; `mvm instance destroy {at}` finishes it");
+            return Err(LifecycleError::Refused { what: format!("{verb} {at}"), why });
+        }
         instance.recover()?;
         let from = instance.doc.state.name();
         verb.check(from, at)?;
@@ -203,8 +207,8 @@ impl Locked<'_> {
     }
 
     /// Writes down what is about to happen.
-    fn intend(&mut self, to: StateName) -> Result<(), LifecycleError> {
-        self.doc.transition = Some(Transition { to, step: TransitionStep::Undoable, since: self.node.clock().now() });
+    fn intend(&mut self, to: StateName, step: TransitionStep) -> Result<(), LifecycleError> {
+        self.doc.transition = Some(Transition { to, step, since: self.node.clock().now() });
         self.save()
     }
 
@@ -239,7 +243,7 @@ impl Locked<'_> {
     }
 
     /// Writes down the intent while the room for it is taken. `goal` is where it goes from there.
-    fn intend_with_room(&mut self, to: StateName, goal: StateName) -> Result<(), LifecycleError> {
+    fn intend_with_room(&mut self, to: StateName, goal: StateName, step: TransitionStep) -> Result<(), LifecycleError> {
         let resources = self.doc.blueprint.resources.clone();
         let from = crate::vm::usage::counts_as(&self.doc);
         self.doc.passing_to = (goal != to).then_some(goal);
@@ -252,7 +256,7 @@ impl Locked<'_> {
             after
         };
         let node = self.node;
-        let intended = node.take_room(&tenant, ask, || self.intend(to));
+        let intended = node.take_room(&tenant, ask, || self.intend(to, step));
         if intended.is_err() {
             self.doc.passing_to = None;
             self.doc.transition = None;
@@ -285,7 +289,7 @@ impl Locked<'_> {
         let image = self.node.images().open(&revision)?;
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
-        self.intend_with_room(StateName::Running, goal)?;
+        self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
         let result = self.boot(&image);
         match result {
             Ok((vm, guest_boot)) => {
@@ -313,7 +317,7 @@ impl Locked<'_> {
                         "the virtual machine ended before its guest was ready ({error}); `mvm logs {} --source console` has its last words",
                         self.at
                     );
-                    return Err(LifecycleError::Refused { what: format!("start {}", self.at), why });
+                    return Err(LifecycleError::Unready { what: format!("start {}", self.at), why });
                 }
                 Err(error.into())
             }
@@ -324,6 +328,10 @@ impl Locked<'_> {
     fn undone(&mut self, error: LifecycleError) -> Result<(), LifecycleError> {
         if error.is_killed() {
             return Err(error);
+        }
+        // Whoever failed ended what it had started; where it could not, the intent stays, and the next one tries again.
+        if let Some(stray) = self.stray()? {
+            self.node.vmm().kill(&stray)?;
         }
         self.node.host().remove_run_dir(&self.at.instance)?;
         let state = self.doc.state.clone();
@@ -379,7 +387,7 @@ impl Locked<'_> {
 
     fn warm(&mut self) -> Result<(), LifecycleError> {
         let (vm, guest_boot) = self.vm()?;
-        self.intend_with_room(StateName::Warm, StateName::Warm)?;
+        self.intend_with_room(StateName::Warm, StateName::Warm, TransitionStep::Undoable)?;
         let paused = self.drain(&vm).and_then(|()| Ok(self.node.vmm().pause(&vm)?));
         match paused {
             Ok(()) => {
@@ -403,8 +411,8 @@ impl Locked<'_> {
 
     fn resume(&mut self) -> Result<(), LifecycleError> {
         let (vm, _) = self.vm()?;
-        self.intend_with_room(StateName::Running, StateName::Running)?;
-        self.reached(TransitionStep::Resumed { vm: vm.clone() })?;
+        // Whoever finds this goes on with the machine: its memory is the only one there is.
+        self.intend_with_room(StateName::Running, StateName::Running, TransitionStep::Resumed { vm: vm.clone() })?;
         self.node.vmm().resume(&vm)?;
         let guest_boot = self.greet(&vm)?;
         let since = self.node.clock().now();
@@ -413,7 +421,7 @@ impl Locked<'_> {
 
     fn sleep(&mut self) -> Result<(), LifecycleError> {
         let (vm, guest_boot) = self.vm()?;
-        self.intend(StateName::Sleeping)?;
+        self.intend(StateName::Sleeping, TransitionStep::Undoable)?;
         match self.snapshot(&vm) {
             Ok(()) => {}
             Err(error) => return self.back_to_running(&vm, error),
@@ -457,7 +465,7 @@ impl Locked<'_> {
         let image = self.node.images().open(&revision)?;
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
-        self.intend_with_room(StateName::Running, goal)?;
+        self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
         let dir = self.node.paths.snapshot(&self.at);
         // The snapshot is mapped, not read; that its files are what was written is found out while the VMM starts.
         let restored = std::thread::scope(|scope| {
@@ -496,7 +504,7 @@ impl Locked<'_> {
     }
 
     fn stop(&mut self, mode: StopMode) -> Result<(), LifecycleError> {
-        self.intend(StateName::Stopped)?;
+        self.intend(StateName::Stopped, TransitionStep::Undoable)?;
         if mode == StopMode::Graceful
             && let Some(vm) = self.doc.state.vm().cloned()
         {

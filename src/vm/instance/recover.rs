@@ -58,7 +58,8 @@ impl Locked<'_> {
             }
             // On its way up: whatever was started is not written down.
             (_, TransitionStep::Undoable) => {
-                if let Some(stray) = self.stray()? {
+                let recorded = self.doc.state.vm().map(|vm| vm.process.clone());
+                if let Some(stray) = self.stray()?.filter(|stray| recorded.as_ref() != Some(&stray.process)) {
                     self.node.vmm().kill(&stray)?;
                 }
                 if self.doc.state.vm().is_none() {

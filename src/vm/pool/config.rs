@@ -58,7 +58,8 @@ impl DesiredCounts {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RuntimePolicy {
-    /// Seconds that an instance runs at least before it is warmed, put to sleep or stopped by a plan.
+    /// Seconds that an instance runs at least before it is warmed, put to sleep or stopped by a plan because other counts are
+    /// wanted; a changed declaration replaces it at once.
     pub min_running_seconds: u32,
     /// Seconds that an instance is warm at least before it is put to sleep or stopped by a plan.
     pub min_warm_seconds: u32,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use mvm_types::{PoolAddress, TenantId};
+use mvm_types::TenantId;
 
 use super::config::{NetworkSpec, Quotas, TenantDoc};
 use crate::audit::Entry;
@@ -74,7 +74,8 @@ impl Node {
                 return Err(error);
             }
         };
-        let pools = self.pools(tenant)?;
+        // Also those whose document was moved aside: what they have is not ours to lose.
+        let pools = self.pool_dirs(tenant)?;
         if !pools.is_empty() {
             let why = format!("it has pools: {}", pools.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
             return Err(LifecycleError::Refused { what: format!("destroy tenant {tenant}"), why });
@@ -107,12 +108,15 @@ impl Node {
         let mut instances = BTreeSet::new();
         let mut missing = Vec::new();
         let observed = self.host().observe_network()?;
+        self.documents().raw().clear_removed(keys::TENANTS)?;
         for tenant in self.tenant_dirs()? {
             let docs = self.tenant_instances(&tenant, &mut Vec::new())?;
-            for pool in self.pools(&tenant)? {
+            for pool in self.pool_dirs(&tenant)? {
                 // Also those whose document was moved aside: what they have stays until somebody decides.
-                instances.extend(self.instances(&PoolAddress::new(tenant.clone(), pool))?);
+                instances.extend(self.instances(&pool)?);
+                self.documents().raw().clear_removed(&keys::instances_dir(&pool))?;
             }
+            self.documents().raw().clear_removed(&keys::pools_dir(&tenant))?;
             let doc = match self.tenant(&tenant) {
                 Ok(doc) => doc,
                 // Its document was moved aside: no packet of it passes without rules, but its bridge stays.
