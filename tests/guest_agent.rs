@@ -327,7 +327,8 @@ fn sleep_and_wake_take_readiness_away_and_give_it_back() {
 #[test]
 fn garbage_on_a_line_harms_nobody() {
     let agent = Agent::start(None);
-    until("the socket", || agent.at("agent.0.sock").exists());
+    // The file is there before anybody listens on it.
+    until("the socket", || UnixStream::connect(agent.at("agent.0.sock")).is_ok());
     let raw = || UnixStream::connect(agent.at("agent.0.sock")).unwrap();
     let connect = b"MVM-CONNECT 0123456789abcdef\n";
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -58,13 +58,13 @@ pub enum ImageError {
         why: String,
     },
     /// The agent is nowhere.
-    #[error("there is no guest agent at {}; build it with `cargo xtask guest-agent` or name it in MVM_GUEST_AGENT", looked_at.join(", "))]
+    #[error("there is no guest agent at {}; build it with `cargo xtask build` or name it in MVM_GUEST_AGENT", looked_at.join(", "))]
     NoAgent {
         /// Where it was looked for.
         looked_at: Vec<String>,
     },
     /// The agent cannot run in a guest.
-    #[error("the guest agent {} {why}; build it with `cargo xtask guest-agent`", path.display())]
+    #[error("the guest agent {} {why}; build it with `cargo xtask build`", path.display())]
     Agent {
         /// The file.
         path: PathBuf,

@@ -5,10 +5,11 @@
 //! `unsafe`.
 
 use std::fs;
+use std::process::Command;
 
 use crate::phase::phase;
 use crate::tally::Tally;
-use crate::workspace::{TRIPLE, cargo, root, succeed, target};
+use crate::workspace::{TRIPLE, cargo, root, succeed, target, typed};
 
 /// As cargo-fuzz has them, without a sanitizer.
 const FLAGS: [&str; 7] = [
@@ -40,7 +41,7 @@ pub fn run(seconds: u32) -> Result<Tally, String> {
             fs::create_dir_all(dir).map_err(|error| format!("cannot make {}: {error}", dir.display()))?;
         }
         let result = phase(&format!("fuzz {name}"), || {
-            let mut target = std::process::Command::new(own.join(TRIPLE).join("release").join(&name));
+            let mut target = Command::new(own.join(TRIPLE).join("release").join(&name));
             // What is found goes into the first directory; the committed seeds are only read.
             target.arg(&corpus).arg(root().join("fuzz/seeds").join(&name));
             target.arg(format!("-artifact_prefix={}/", artifacts.display()));
@@ -50,14 +51,27 @@ pub fn run(seconds: u32) -> Result<Tally, String> {
                 "-verbosity=0",
                 "-print_final_stats=1",
             ]);
-            succeed(&mut target)
+            run_quietly(&mut target)
         });
         if let Err(error) = &result {
-            eprintln!("{error}; the input is in {}", artifacts.display());
+            eprintln!("{error}\nThe input is in {}", artifacts.display());
         }
         tally.add(Tally::of(&result));
     }
     Ok(tally)
+}
+
+/// What libFuzzer says is of interest when it found something.
+fn run_quietly(target: &mut Command) -> Result<(), String> {
+    let output = target.output().map_err(|error| format!("cannot start {}: {error}", typed(target)))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(format!("{said}\n{} ended with {}", typed(target), output.status));
+    }
+    for line in said.lines().filter(|line| line.starts_with("stat::number_of_executed_units")) {
+        eprintln!("{line}");
+    }
+    Ok(())
 }
 
 /// One target for each directory of seeds.

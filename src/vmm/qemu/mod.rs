@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A snapshot is the device state, written by QEMU to a descriptor, and the RAM, copied by mvm: QEMU's own migration would
-//! write all of a privately mapped RAM every time. `docs/adr/qemu-snapshots.md` has the reasons and the figures.
+//! write all of a privately mapped RAM every time. `docs/adr/0001-qemu-snapshots.md` has the reasons and the figures.
 //!
 //! What it does not do: network, drives and images come open from the caller; what the guest says is `crate::guest`'s.
 
