@@ -269,7 +269,11 @@ impl Runner<'_> {
     fn gate(&self, pool: &PoolAddress, wanted: u32) -> Result<(), LifecycleError> {
         let mut ready = 0;
         for id in self.node.instances(pool)? {
-            let doc = self.node.instance(&InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id))?;
+            let doc = match self.node.instance(&InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id)) {
+                // Another's end, or a beginning that was cut off.
+                Err(LifecycleError::NotFound { .. }) => continue,
+                other => other?,
+            };
             let runs = doc.state.name() == StateName::Running && doc.transition.is_none();
             ready += u32::from(runs && doc.state.vm().is_some_and(|vm| self.node.vmm().liveness(vm) == Liveness::Alive));
         }

@@ -258,17 +258,28 @@ impl Node {
 
     /// Lists the tenants in order.
     pub fn tenants(&self) -> Result<Vec<TenantId>, LifecycleError> {
-        self.ids(keys::TENANTS)
+        self.with_document(self.ids(keys::TENANTS)?, keys::tenant_doc)
     }
 
     /// Lists a tenant's pools in order.
     pub fn pools(&self, tenant: &TenantId) -> Result<Vec<PoolId>, LifecycleError> {
-        self.ids(&keys::pools_dir(tenant))
+        self.with_document(self.ids(&keys::pools_dir(tenant))?, |id| keys::pool_doc(&PoolAddress::new(tenant.clone(), id.clone())))
     }
 
     /// Lists a pool's instances in order of their ids.
     pub fn instances(&self, pool: &PoolAddress) -> Result<Vec<InstanceId>, LifecycleError> {
         self.ids(&keys::instances_dir(pool))
+    }
+
+    /// Leaves out directories without a document: an object that was never finished, or whose end was cut off.
+    fn with_document<T>(&self, ids: Vec<T>, key: impl Fn(&T) -> String) -> Result<Vec<T>, LifecycleError> {
+        let mut with = Vec::new();
+        for id in ids {
+            if self.documents().raw().len(&key(&id))? > 0 {
+                with.push(id);
+            }
+        }
+        Ok(with)
     }
 
     /// Names that are no ids are not mvm's: a quarantined document, an editor's copy.

@@ -102,7 +102,7 @@ impl Node {
         };
         let instances = self.instances(pool)?.len();
         if instances > 0 {
-            let why = format!("it has {instances} instances");
+            let why = format!("it has instances: {instances}");
             return Err(LifecycleError::Refused { what: format!("destroy pool {pool}"), why });
         }
         let gone =
