@@ -50,6 +50,15 @@ impl FileStore {
         sync_dir(parent)
     }
 
+    /// Removes directories that a failed write leaves without anything in them: they would look like objects without a document.
+    fn remove_empty(&self, dir: &Path) {
+        let mut dir = dir;
+        while dir != self.root && fs::remove_dir(dir).is_ok() {
+            let Some(parent) = dir.parent() else { return };
+            dir = parent;
+        }
+    }
+
     fn write_new(&self, path: &Path, content: &[u8]) -> io::Result<()> {
         let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
@@ -67,6 +76,9 @@ impl FileStore {
         if let Err(error) = written {
             // The write failed; what remains of it must not stay either, but its own failure says less than the first one.
             let _ = fs::remove_file(&temporary);
+            if !path.exists() {
+                self.remove_empty(dir);
+            }
             return Err(error);
         }
         sync_dir(dir)

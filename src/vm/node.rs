@@ -258,10 +258,7 @@ impl Node {
 
     /// Lists the tenants in order.
     pub fn tenants(&self) -> Result<Vec<TenantId>, LifecycleError> {
-        let mut ids = self.tenant_dirs()?;
-        let mut failed = Ok(());
-        ids.retain(|id| self.is_there(&keys::tenant_doc(id), &mut failed));
-        failed.map(|()| ids)
+        self.with_document(self.tenant_dirs()?, keys::tenant_doc)
     }
 
     /// Lists the tenants that have a directory, also one whose document is not there: moved aside, or never finished.
@@ -271,10 +268,7 @@ impl Node {
 
     /// Lists a tenant's pools in order.
     pub fn pools(&self, tenant: &TenantId) -> Result<Vec<PoolId>, LifecycleError> {
-        let mut ids: Vec<PoolId> = self.ids(&keys::pools_dir(tenant))?;
-        let mut failed = Ok(());
-        ids.retain(|id| self.is_there(&keys::pool_doc(&PoolAddress::new(tenant.clone(), id.clone())), &mut failed));
-        failed.map(|()| ids)
+        self.with_document(self.ids(&keys::pools_dir(tenant))?, |id| keys::pool_doc(&PoolAddress::new(tenant.clone(), id.clone())))
     }
 
     /// Lists the pools that have a directory with something in it, also one whose document is not there.
@@ -290,19 +284,20 @@ impl Node {
         Ok(dirs)
     }
 
-    fn is_there(&self, key: &str, failed: &mut Result<(), LifecycleError>) -> bool {
-        match self.documents().raw().exists(key) {
-            Ok(there) => there,
-            Err(error) => {
-                *failed = Err(error.into());
-                false
-            }
-        }
-    }
-
     /// Lists a pool's instances in order of their ids, also one whose document is not there.
     pub fn instances(&self, pool: &PoolAddress) -> Result<Vec<InstanceId>, LifecycleError> {
         self.ids(&keys::instances_dir(pool))
+    }
+
+    /// Leaves out directories without a document: an object that was never finished, or whose end was cut off.
+    fn with_document<T>(&self, ids: Vec<T>, key: impl Fn(&T) -> String) -> Result<Vec<T>, LifecycleError> {
+        let mut with = Vec::new();
+        for id in ids {
+            if self.documents().raw().len(&key(&id))? > 0 {
+                with.push(id);
+            }
+        }
+        Ok(with)
     }
 
     /// Names that are no ids are not mvm's: a quarantined document, an editor's copy.
