@@ -4,13 +4,13 @@ use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use mvm_types::{InstanceAddress, InstanceId, InstanceSelector, PoolAddress, ProfileName, Role};
+use mvm_types::{InstanceAddress, InstanceId, InstanceSelector, PoolAddress, PoolId, ProfileName, Role};
 
 use super::exit::{CliError, Exit};
 use crate::agent::desired::{DesiredState, Format, MAX_DOCUMENT, parse};
 use crate::vm::error::LifecycleError;
 use crate::vm::node::Node;
-use crate::vm::pool::PoolSpec;
+use crate::vm::pool::{PoolSpec, RestartPolicy, Workload};
 use crate::vm::tenant::Quotas;
 
 /// Reads a desired-state document; `-` is standard input.
@@ -176,11 +176,32 @@ pub struct SpecArgs {
     /// Seconds that a guest may take to shut down
     #[arg(long, value_name = "SECONDS")]
     graceful_shutdown_seconds: Option<u32>,
+    /// A pool of the tenant that must be ready first; can be repeated, and replaces those there are
+    #[arg(long, value_name = "POOL")]
+    depends_on: Vec<PoolId>,
+    /// Whether no plan takes instances down because there are too many
+    #[arg(long, value_name = "true|false")]
+    pinned: Option<bool>,
+    /// Whether it comes before the others of its role
+    #[arg(long, value_name = "true|false")]
+    critical: Option<bool>,
+    /// An environment variable of the workload; can be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+    env: Vec<(String, String)>,
+    /// When the workload is started again: always, on-failure or never
+    #[arg(long, value_parser = restart)]
+    restart: Option<RestartPolicy>,
+    /// The workload: a program and its arguments
+    #[arg(last = true, value_name = "CMD")]
+    workload: Vec<String>,
 }
 
 impl SpecArgs {
     /// Changes a declaration as the arguments say.
-    pub fn change(&self, spec: &mut PoolSpec) {
+    ///
+    /// # Errors
+    /// When something is said of a workload and there is none.
+    pub fn change(&self, spec: &mut PoolSpec) -> Result<(), CliError> {
         fn set<T: Clone>(field: &mut T, value: &Option<T>) {
             if let Some(value) = value {
                 field.clone_from(value);
@@ -198,6 +219,39 @@ impl SpecArgs {
         set(&mut spec.runtime_policy.min_warm_seconds, &self.min_warm_seconds);
         set(&mut spec.runtime_policy.drain_timeout_seconds, &self.drain_timeout_seconds);
         set(&mut spec.runtime_policy.graceful_shutdown_seconds, &self.graceful_shutdown_seconds);
+        set(&mut spec.pinned, &self.pinned);
+        set(&mut spec.critical, &self.critical);
+        if !self.depends_on.is_empty() {
+            spec.depends_on.clone_from(&self.depends_on);
+        }
+        if !self.workload.is_empty() {
+            let old = spec.workload.take();
+            let (env, restart) = old.map(|old| (old.env, old.restart)).unwrap_or_default();
+            spec.workload = Some(Workload { command: self.workload.clone(), env, restart });
+        }
+        match &mut spec.workload {
+            Some(workload) => {
+                workload.env.extend(self.env.iter().cloned());
+                set(&mut workload.restart, &self.restart);
+                Ok(())
+            }
+            None if self.env.is_empty() && self.restart.is_none() => Ok(()),
+            None => Err(CliError::new(Exit::Usage, "--env and --restart are about a workload; add one: -- CMD")),
+        }
+    }
+}
+
+fn variable(given: &str) -> Result<(String, String), String> {
+    let (name, value) = given.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or("write NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn restart(given: &str) -> Result<RestartPolicy, String> {
+    match given {
+        "always" => Ok(RestartPolicy::Always),
+        "on-failure" => Ok(RestartPolicy::OnFailure),
+        "never" => Ok(RestartPolicy::Never),
+        _ => Err("known are always, on-failure and never".to_owned()),
     }
 }
 

@@ -2,15 +2,22 @@
 
 use super::CliResult;
 use super::exit::{CliError, Exit};
-use super::open::{Globals, Intent, find_program, open};
-use crate::host::Ability;
+use super::open::{AccelChoice, Globals, Intent, VmmChoice, find_qemu, open, qemu};
+use crate::agent::observe::observe;
+use crate::host::{Ability, Host, LocalHost};
 use crate::infra::display::{CheckRow, print_rows};
+use crate::vm::error::with_causes;
+use crate::vmm::qemu::KvmVerdict;
 
 /// Looks at everything that microVMs need here.
 pub fn run(globals: &Globals) -> CliResult {
-    let opened = open(globals, Intent::Look)?;
-    let node = &opened.node;
-    let facts = node.host().facts()?;
+    let simulated = globals.vmm == VmmChoice::Simulated;
+    // What is wrong with the documents must not keep the rest from being looked at.
+    let opened = open(globals, Intent::Look);
+    let facts = match &opened {
+        Ok(opened) => opened.node.host().facts()?,
+        Err(_) => LocalHost::new(globals.paths(), &"unborn".parse().expect("unborn is a node id")).facts()?,
+    };
     let mut checks = Vec::new();
     let mut check = |name: &str, ok: bool, found: String, remedy: &str| {
         let remedy = (!ok).then(|| remedy.to_owned());
@@ -29,18 +36,14 @@ pub fn run(globals: &Globals) -> CliResult {
     );
     check("nft", facts.nft.is_yes(), ability(&facts.nft), "apt-get install nftables");
     check("mke2fs", facts.mke2fs.is_yes(), ability(&facts.mke2fs), "apt-get install e2fsprogs");
-    let qemu = find_program(&format!("qemu-system-{}", std::env::consts::ARCH));
-    let found = qemu.as_ref().map_or("not found".to_owned(), |path| path.display().to_string());
-    let simulated = globals.vmm == super::open::VmmChoice::Simulated;
-    check("qemu", qemu.is_some() || simulated, found, "apt-get install qemu-system-x86 (or qemu-system-arm)");
-    match node.vmm().stamp() {
-        Ok(stamp) => check("vmm", true, format!("{}, {}", stamp.build, format!("{:?}", stamp.acceleration).to_lowercase()), ""),
-        Err(error) => check(
-            "vmm",
-            qemu.is_none() || !facts.is_root,
-            error.to_string(),
-            "start an instance once: whether KVM works is found out by booting a guest",
-        ),
+    if !simulated {
+        let found = find_qemu();
+        let path = found.as_ref().map_or("not found".to_owned(), |path| path.display().to_string());
+        check("qemu", found.is_some(), path, "apt-get install qemu-system-x86 (or qemu-system-arm)");
+        if found.is_some() {
+            let (ok, found) = vmm(globals);
+            check("vmm", ok, found, "a QEMU from 7.2 on that runs");
+        }
     }
     if !simulated {
         let agent = crate::image::find_agent(std::env::var_os(crate::image::AGENT_VARIABLE).as_deref());
@@ -69,14 +72,15 @@ pub fn run(globals: &Globals) -> CliResult {
         format!("{} MiB", facts.swap_total_mib),
         "swapoff -a: secrets in the memory of guests may be written to disk (unless the swap is encrypted)",
     );
-    let cgroups = if facts.cgroup2_controllers.is_empty() {
-        "no controllers: limits of CPU and memory are not enforced by the host".to_owned()
-    } else {
-        facts.cgroup2_controllers.join(", ")
+    let controllers = match facts.cgroup2_controllers.join(", ") {
+        none if none.is_empty() => "no controllers".to_owned(),
+        some => some,
     };
-    check("cgroup v2", true, cgroups, "");
-    for problem in crate::agent::observe::observe(node)?.problems {
-        check("documents", false, problem, "restore the document from a backup, or apply the fleet again");
+    check("cgroup v2", true, format!("{controllers}; mvm sets no limits with them yet: only its quotas bound CPU and memory"), "");
+    let remedy = "restore the document from a backup, or apply the fleet again; without root they cannot be read";
+    match opened.and_then(|opened| Ok(observe(&opened.node)?)) {
+        Ok(observed) => observed.problems.into_iter().for_each(|problem| check("documents", false, problem, remedy)),
+        Err(error) => check("documents", false, error.text, remedy),
     }
     print_rows(&checks, globals.format())?;
     let wrong = checks.iter().filter(|check| !check.ok).count();
@@ -84,4 +88,26 @@ pub fn run(globals: &Globals) -> CliResult {
         return Ok(Exit::Done);
     }
     Err(CliError::new(Exit::Failed, format!("{wrong} of {} checks found something wrong", checks.len())))
+}
+
+/// What guests run in: whether it is good, and what it is.
+fn vmm(globals: &Globals) -> (bool, String) {
+    let qemu = qemu(globals, &globals.paths());
+    let facts = match qemu.host_facts(None) {
+        Ok(facts) => facts,
+        Err(error) => return (false, with_causes(&error)),
+    };
+    let version = &facts.version;
+    match (globals.accel, facts.kvm) {
+        (AccelChoice::Auto, KvmVerdict::Untried) => {
+            (true, format!("{version}; /dev/kvm opens, and whether a guest boots with it is found out at the first boot"))
+        }
+        (AccelChoice::Auto | AccelChoice::Kvm, KvmVerdict::Usable) => (true, format!("{version} with KVM")),
+        (AccelChoice::Kvm, KvmVerdict::Untried) => (true, format!("{version} with KVM, as was asked for; not tried")),
+        (AccelChoice::Kvm, KvmVerdict::Unusable { why }) => (false, format!("{version} with KVM, as was asked for, but {why}")),
+        (AccelChoice::Auto, KvmVerdict::Unusable { why }) => {
+            (true, format!("{version} in software (TCG), which is slow and no boundary against hostile guests, since {why}"))
+        }
+        (AccelChoice::Tcg, _) => (true, format!("{version} in software (TCG), which is slow and no boundary against hostile guests")),
+    }
 }

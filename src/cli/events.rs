@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use mvm_types::TenantId;
+use serde::Serialize;
 
 use super::CliResult;
 use super::exit::{CliError, Exit};
 use super::open::{Globals, Intent, open};
 use crate::audit::Event;
-use crate::infra::display::{OutputFormat, Row, Width, print_rows, table, write_out};
+use crate::infra::display::{OutputFormat, Row, Width, print_rows, table, to_json, write_out};
 use crate::vm::error::LifecycleError;
 use crate::vm::node::Node;
 
@@ -76,9 +77,11 @@ pub fn run(globals: &Globals, args: &EventsArgs) -> CliResult {
     let opened = open(globals, Intent::Look)?;
     let node = &opened.node;
     if let Some(Verb::Verify { tenant }) = &args.verb {
-        return verify(node, tenant.as_ref());
+        return verify(globals, node, tenant.as_ref());
     }
     let mut events = read(node, args.tenant.as_ref())?;
+    // Before the tail is cut: what is not shown of these was there, and what comes after is new.
+    let mut seen: std::collections::HashSet<(String, u64)> = events.iter().map(key).collect();
     let shown = events.len().saturating_sub(args.tail.unwrap_or(usize::MAX));
     events.drain(..shown);
     let format = globals.format();
@@ -94,7 +97,6 @@ pub fn run(globals: &Globals, args: &EventsArgs) -> CliResult {
         let lines = table(std::slice::from_ref(event), format);
         Ok(lines.split_once('\n').map_or(String::new(), |(_, row)| row.to_owned()))
     };
-    let mut seen: std::collections::HashSet<(String, u64)> = read(node, args.tenant.as_ref())?.iter().map(key).collect();
     events.iter().try_for_each(|event| -> Result<(), CliError> { Ok(write_out(&line(event)?)?) })?;
     loop {
         std::thread::sleep(Duration::from_millis(200));
@@ -132,13 +134,30 @@ fn read(node: &Node, tenant: Option<&TenantId>) -> Result<Vec<Event>, CliError> 
     Ok(events)
 }
 
-fn verify(node: &Node, tenant: Option<&TenantId>) -> CliResult {
-    let mut bad = Vec::new();
+/// The verdict on one log.
+#[derive(Serialize)]
+struct Verdict {
+    tenant: TenantId,
+    whole: bool,
+    records: Option<u64>,
+    problem: Option<String>,
+}
+
+fn verify(globals: &Globals, node: &Node, tenant: Option<&TenantId>) -> CliResult {
+    let mut verdicts = Vec::new();
     for tenant in logs(node, tenant)? {
-        match node.audit().verify(&tenant)? {
-            Ok(count) => write_out(&format!("{tenant}: {count} records, whole\n"))?,
-            Err(broken) => bad.push(format!("the log of tenant {tenant} is broken: {broken}")),
-        }
+        verdicts.push(match node.audit().verify(&tenant)? {
+            Ok(records) => Verdict { tenant, whole: true, records: Some(records), problem: None },
+            Err(broken) => Verdict { tenant, whole: false, records: None, problem: Some(broken.to_string()) },
+        });
     }
+    if globals.format() == OutputFormat::Json {
+        write_out(&to_json(&verdicts)?)?;
+    } else {
+        let whole = verdicts.iter().filter_map(|one| Some(format!("{}: {} records, whole\n", one.tenant, one.records?)));
+        write_out(&whole.collect::<String>())?;
+    }
+    let bad: Vec<String> =
+        verdicts.iter().filter_map(|one| Some(format!("the log of tenant {} is broken: {}", one.tenant, one.problem.as_ref()?))).collect();
     if bad.is_empty() { Ok(Exit::Done) } else { Err(CliError::new(Exit::Failed, bad.join("\nmvm: "))) }
 }

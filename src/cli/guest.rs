@@ -13,6 +13,7 @@ use super::exit::{CliError, Exit};
 use super::open::{Globals, Intent, Opened, VmmChoice, open};
 use crate::audit::Entry;
 use crate::guest::{ExecRequest, Follow, GuestClient, LogSource, Purpose};
+use crate::vm::error::with_causes;
 use crate::vm::instance::{InstanceState, StateName};
 use crate::vm::node::Node;
 use crate::vmm::Liveness;
@@ -136,28 +137,37 @@ fn running(node: &Node, at: &InstanceAddress, what: &str) -> Result<PathBuf, Cli
     }
 }
 
-impl Reached {
-    /// Writes down what was done in the guest.
-    fn record(&self, action: String, error: Option<String>) -> Result<(), CliError> {
-        let entry = Entry { object: self.at.to_string(), action, error, took: self.begun.elapsed(), ..Entry::default() };
-        Ok(self.opened.node.audit().record(&self.at.tenant, entry)?)
+/// Records that something is going to be done in a guest: what cannot be recorded is not done.
+fn begin(reached: &Reached, action: &str) -> Result<(), CliError> {
+    let entry = Entry { object: reached.at.to_string(), action: action.to_owned(), ..Entry::default() };
+    Ok(reached.opened.node.audit().record(&reached.at.tenant, entry)?)
+}
+
+/// Records it once more when it failed. It is done, so that a record that cannot be written changes nothing about how it ended.
+fn end<T>(reached: &Reached, action: &str, result: Result<T, CliError>) -> Result<T, CliError> {
+    let Err(error) = &result else { return result };
+    let entry = Entry { object: reached.at.to_string(), action: action.to_owned(), error: Some(error.text.clone()), took: reached.begun.elapsed(), ..Entry::default() };
+    if let Err(error) = reached.opened.node.audit().record(&reached.at.tenant, entry) {
+        eprintln!("mvm: warning: that it failed cannot be recorded: {}", with_causes(&error));
     }
+    result
 }
 
 /// `mvm exec`.
 pub fn exec(globals: &Globals, args: ExecArgs) -> CliResult {
     use std::os::unix::ffi::OsStringExt;
     let mut reached = reach(globals, &args.instance, "run a command in")?;
-    let program = args.command[0].to_string_lossy().chars().take(80).collect::<String>();
+    let program = shorten(&args.command[0].to_string_lossy());
     let request = ExecRequest {
         argv: args.command.into_iter().map(OsStringExt::into_vec).collect(),
         env: args.env.into_iter().map(String::into_bytes).collect(),
         cwd: args.workdir,
         user: args.user,
     };
-    let end = run_in(&mut reached.client, request, args.interactive, args.tty);
-    reached.record(format!("exec {program}"), end.as_ref().err().map(|error| error.text.clone()))?;
-    end
+    let action = format!("exec {program}");
+    begin(&reached, &action)?;
+    let result = run_in(&mut reached.client, request, args.interactive, args.tty);
+    end(&reached, &action, result)
 }
 
 /// Runs a command in a guest with this process's streams.
@@ -179,25 +189,29 @@ pub fn shell(globals: &Globals, args: &ShellArgs) -> CliResult {
     let mut reached = reach(globals, &args.instance, "open a shell in")?;
     let request = ExecRequest { argv: vec![b"/bin/sh".to_vec(), b"-l".to_vec()], ..ExecRequest::default() };
     let tty = std::io::stdin().is_terminal();
-    let end = run_in(&mut reached.client, request, true, tty);
-    reached.record("shell".to_owned(), end.as_ref().err().map(|error| error.text.clone()))?;
-    end
+    begin(&reached, "shell")?;
+    let result = run_in(&mut reached.client, request, true, tty);
+    end(&reached, "shell", result)
 }
 
 /// `mvm cp`.
 pub fn cp(globals: &Globals, args: &CpArgs) -> CliResult {
     let (source, target) = (place(&args.source)?, place(&args.target)?);
-    let (reached, copied, action) = match (source, target) {
+    let (reached, action, copied) = match (source, target) {
         (Place::Here(from), Place::Guest(selector, to)) => {
             std::fs::symlink_metadata(&from).map_err(|error| CliError::new(Exit::NotFound, format!("{}: {error}", from.display())))?;
             let mut reached = reach(globals, &selector, "copy to")?;
+            let action = format!("cp to {}", shorten(&to));
+            begin(&reached, &action)?;
             let copied = reached.client.upload(&from, &to);
-            (reached, copied, format!("cp to {}", shorten(&to)))
+            (reached, action, copied)
         }
         (Place::Guest(selector, from), Place::Here(to)) => {
             let mut reached = reach(globals, &selector, "copy from")?;
+            let action = format!("cp from {}", shorten(&from));
+            begin(&reached, &action)?;
             let copied = reached.client.download(&from, &to);
-            (reached, copied, format!("cp from {}", shorten(&from)))
+            (reached, action, copied)
         }
         (Place::Here(_), Place::Here(_)) => {
             return Err(CliError::new(Exit::Usage, "neither path is in an instance: write TENANT/POOL/INSTANCE:PATH"));
@@ -206,8 +220,7 @@ pub fn cp(globals: &Globals, args: &CpArgs) -> CliResult {
             return Err(CliError::new(Exit::Usage, "both paths are in instances; copy to a file here first"));
         }
     };
-    reached.record(action, copied.as_ref().err().map(ToString::to_string))?;
-    copied?;
+    end(&reached, &action, copied.map_err(CliError::from))?;
     Ok(Exit::Done)
 }
 

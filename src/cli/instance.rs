@@ -11,7 +11,7 @@ use super::open::{Globals, Intent, open};
 use super::progress::ProgressLines;
 use super::status::instance_row;
 use crate::agent::observe::{ObservedInstance, observe};
-use crate::infra::display::{InstanceRow, Row, Width, print_info, print_rows, write_out};
+use crate::infra::display::{InstanceRow, OutputFormat, Row, Width, print_info, print_rows, to_json, write_out};
 use crate::vm::error::LifecycleError;
 use crate::vm::instance::{InstanceDoc, StateName, StopMode};
 use crate::vm::node::Node;
@@ -89,7 +89,11 @@ pub fn run(globals: &Globals, command: InstanceCommand) -> CliResult {
             node.pool_build(&pool, &|_| {})?;
             let made = node.instances_create(&pool, count)?;
             node.apply_network()?;
-            write_out(&made.iter().map(|at| format!("{at}\n")).collect::<String>())?;
+            let names: Vec<String> = made.iter().map(ToString::to_string).collect();
+            match globals.format() {
+                OutputFormat::Json => write_out(&to_json(&names)?)?,
+                _ => write_out(&names.iter().map(|name| format!("{name}\n")).collect::<String>())?,
+            }
         }
         InstanceCommand::List { address } => list(globals, node, address.as_ref())?,
         InstanceCommand::Info(which) => info(globals, node, &resolve(node, &which.instance)?)?,

@@ -1,5 +1,7 @@
 //! `mvm net`: does the isolation hold, right now?
 
+use std::io::{self, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Subcommand;
@@ -87,21 +89,41 @@ fn probes(observed: &Observed) -> Vec<CheckRow> {
     // Silence takes seconds to hear; the tenants listen at the same time.
     std::thread::scope(|scope| {
         let probe_all = |(from, wanted): (ObservedInstance, Vec<(String, String, Expect)>)| -> Vec<CheckRow> {
-            wanted.iter().map(|(address, name, expect)| probe(&from, address, name, *expect)).collect()
+            let mut rows = Vec::new();
+            for (address, name, expect) in &wanted {
+                let Some(row) = probe(&from, address, name, *expect) else {
+                    // Each further one would take as long, and one of the guest's few ports.
+                    rows.push(CheckRow {
+                        check: format!("{} sends probes", from.doc.at()),
+                        ok: false,
+                        found: format!("the guest did not end a ping within {} s; its other probes are left out", LONGEST.as_secs()),
+                        remedy: Some(format!("mvm instance stop {} and apply again, or look at what runs in it", from.doc.at())),
+                    });
+                    break;
+                };
+                rows.push(row);
+            }
+            rows
         };
         let threads: Vec<_> = wanted_of.into_iter().map(|one| scope.spawn(move || probe_all(one))).collect();
         threads.into_iter().flat_map(|thread| thread.join().expect("probing does not panic")).collect()
     })
 }
 
-fn probe(from: &ObservedInstance, address: &str, name: &str, expect: Expect) -> CheckRow {
+/// How long one probe may take, with reaching the guest.
+const LONGEST: Duration = Duration::from_secs(10);
+
+/// Sends packets from a guest; `None` when it does not come to an end.
+fn probe(from: &ObservedInstance, address: &str, name: &str, expect: Expect) -> Option<CheckRow> {
     let says = if expect == Expect::Answer { "reaches" } else { "does not reach" };
     let check = format!("{} {says} {name}", from.doc.at());
     let remedy = |ok: bool| (!ok).then(|| "mvm apply loads the rules again; `nft list ruleset` shows what else decides".to_owned());
-    match ping(from, address) {
+    Some(match ping(from, address)? {
         Ok(answered) => {
             let ok = answered == (expect == Expect::Answer);
-            CheckRow { check, ok, found: if answered { "answered" } else { "no answer" }.to_owned(), remedy: remedy(ok) }
+            let found = if answered { "answered" } else { "no answer" };
+            // The ping runs in the guest, which may lie about it; bridges and rules above are what the host sees.
+            CheckRow { check, ok, found: format!("{found}, says the guest"), remedy: remedy(ok) }
         }
         Err(error) => CheckRow {
             check,
@@ -109,19 +131,72 @@ fn probe(from: &ObservedInstance, address: &str, name: &str, expect: Expect) -> 
             found: error.text,
             remedy: Some("the probe needs a guest with ping; the built-in image has it".to_owned()),
         },
-    }
+    })
 }
 
-fn ping(from: &ObservedInstance, address: &str) -> Result<bool, CliError> {
-    let Some(vm) = from.doc.state.vm() else { return Err(CliError::new(Exit::Refused, "it does not run any more")) };
-    let mut client = GuestClient::connect(&vm.run_dir, Purpose::Interactive, Instant::now() + Duration::from_secs(10))?;
+/// Pings from a guest, on a thread of its own since a guest need not end anything; `None` when the time is over.
+fn ping(from: &ObservedInstance, address: &str) -> Option<Result<bool, CliError>> {
+    let Some(vm) = from.doc.state.vm() else { return Some(Err(CliError::new(Exit::Refused, "it does not run any more"))) };
+    let deadline = Instant::now() + LONGEST;
+    let (run_dir, address) = (vm.run_dir.clone(), address.to_owned());
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // Nobody waits for it any more when the time is over.
+        let _ = done.send(ping_until(&run_dir, &address, deadline));
+    });
+    result.recv_timeout(LONGEST).ok()
+}
+
+fn ping_until(run_dir: &Path, address: &str, deadline: Instant) -> Result<bool, CliError> {
+    let mut client = GuestClient::connect(run_dir, Purpose::Interactive, deadline)?;
     let argv = ["ping", "-c", "2", "-W", "1", "-q", address].map(|word| word.as_bytes().to_vec()).to_vec();
-    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let mut out = Capped { kept: Vec::new(), most: 0, deadline };
+    let mut err = Capped { kept: Vec::new(), most: 1024, deadline };
     let end = client.exec(ExecRequest { argv, ..ExecRequest::default() }, None::<std::io::Empty>, &mut out, &mut err)?;
     match end.code() {
         0 => Ok(true),
         // busybox: 1 for no answer.
         1 => Ok(false),
-        _ => Err(CliError::new(Exit::Failed, String::from_utf8_lossy(&err).trim().to_owned())),
+        code => {
+            let words: String = String::from_utf8_lossy(&err.kept).trim().chars().filter(|c| !c.is_control()).collect();
+            Err(CliError::new(Exit::Failed, format!("ping ended with {code}: {words}")))
+        }
+    }
+}
+
+/// Keeps the beginning of what a guest says, and ends what goes on for too long.
+struct Capped {
+    kept: Vec<u8>,
+    most: usize,
+    deadline: Instant,
+}
+
+impl Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if Instant::now() > self.deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let room = self.most.saturating_sub(self.kept.len()).min(bytes.len());
+        self.kept.extend_from_slice(&bytes[..room]);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_says_is_cut_and_has_an_end() {
+        let mut writer = Capped { kept: Vec::new(), most: 3, deadline: Instant::now() + Duration::from_secs(60) };
+        writer.write_all(b"ab").unwrap();
+        writer.write_all(b"cdef").unwrap();
+        assert_eq!(writer.kept, b"abc");
+        writer.deadline = Instant::now() - Duration::from_millis(1);
+        assert!(writer.write_all(b"g").is_err());
     }
 }

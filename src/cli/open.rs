@@ -1,6 +1,7 @@
 //! Puts the node together from the options: which directories, which driver.
 
 use std::net::Ipv4Addr;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -114,12 +115,20 @@ pub struct Opened {
     /// The node.
     pub node: Node,
     simulation: Option<(SimulatedVmm, FakeHost)>,
+    intent: Intent,
 }
 
 impl Opened {
-    /// Keeps the simulated machines for the next command.
+    /// Keeps the simulated machines for the next command, and reports when that fails; dropping keeps them too, since most errors
+    /// leave machines behind.
     pub fn close(mut self) -> Result<(), CliError> {
-        if let Some((vmm, host)) = self.simulation.take() {
+        Ok(self.keep()?)
+    }
+
+    fn keep(&mut self) -> std::io::Result<()> {
+        // A command that only looks has nothing to keep, and may not be allowed to.
+        let simulation = self.simulation.take().filter(|_| self.intent == Intent::Change);
+        if let Some((vmm, host)) = simulation {
             vmm.save()?;
             host.save()?;
         }
@@ -128,13 +137,9 @@ impl Opened {
 }
 
 impl Drop for Opened {
-    /// Also what a command did before it failed is there for the next one.
     fn drop(&mut self) {
-        if let Some((vmm, host)) = self.simulation.take() {
-            let saved = vmm.save().map_err(CliError::from).and_then(|()| Ok(host.save()?));
-            if let Err(error) = saved {
-                eprintln!("mvm: {}", error.text);
-            }
+        if let Err(error) = self.keep() {
+            tracing::error!(%error, "the simulated machines could not be kept for the next command");
         }
     }
 }
@@ -201,18 +206,14 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
             sealer,
             audit,
         };
-        return Ok(Opened { node: open(paths, seams)?, simulation: Some((vmm, host)) });
+        let simulation = Some((vmm, host));
+        return Ok(Opened { node: open(paths, seams)?, simulation, intent });
     }
-    let acceleration = match globals.accel {
-        AccelChoice::Auto => AccelerationChoice::Auto,
-        AccelChoice::Kvm => AccelerationChoice::Kvm,
-        AccelChoice::Tcg => AccelerationChoice::Tcg,
-    };
-    let binary = find_program(&format!("qemu-system-{}", std::env::consts::ARCH));
     if intent == Intent::Change {
-        std::fs::create_dir_all(paths.run())?;
+        // Sockets and locks are root's only.
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(paths.run())?;
     }
-    let qemu = Qemu::new(QemuOptions { binary, facts_file: paths.run().join("qemu.json"), acceleration })?;
+    let qemu = qemu(globals, &paths);
     // The node's mark on bridges needs the id before the node is open.
     let id = documents.read::<NodeDoc>(crate::vm::keys::NODE).map_err(crate::vm::error::LifecycleError::from)?.map(|doc| doc.node_id);
     let id = match (id, intent) {
@@ -233,7 +234,22 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
     };
     let mut node = open(paths, seams)?;
     node.dns = name_servers();
-    Ok(Opened { node, simulation: None })
+    Ok(Opened { node, simulation: None, intent })
+}
+
+/// The QEMU driver as the options set it up; looks for nothing yet.
+pub fn qemu(globals: &Globals, paths: &Paths) -> Qemu {
+    let acceleration = match globals.accel {
+        AccelChoice::Auto => AccelerationChoice::Auto,
+        AccelChoice::Kvm => AccelerationChoice::Kvm,
+        AccelChoice::Tcg => AccelerationChoice::Tcg,
+    };
+    Qemu::new(QemuOptions { binary: find_qemu(), facts_file: paths.run().join("qemu.json"), acceleration })
+}
+
+/// Finds QEMU.
+pub fn find_qemu() -> Option<PathBuf> {
+    find_program(&format!("qemu-system-{}", std::env::consts::ARCH))
 }
 
 /// A state directory is either simulated or real for its whole life: its instances are not where the other driver looks.
@@ -256,7 +272,7 @@ fn check_simulation(paths: &Paths, simulated: bool, intent: Intent) -> Result<()
 }
 
 /// Finds a program in `PATH`, and where Debian keeps those of root.
-pub fn find_program(name: &str) -> Option<PathBuf> {
+fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into(), "/usr/bin".into()]);
     dirs.map(|dir| dir.join(name)).find(|file| file.is_file())

@@ -14,7 +14,7 @@ use super::status::pool_row;
 use crate::agent::desired::{DesiredState, InvalidDocument, Problem, pool_problems};
 use crate::agent::observe::observe;
 use crate::agent::reconciler::declared;
-use crate::infra::display::{PoolInfo, PoolRow, print_info, print_rows};
+use crate::infra::display::{OutputFormat, PoolInfo, PoolRow, print_info, print_rows, to_json, write_out};
 use crate::vm::instance::{StateName, StopMode};
 use crate::vm::node::Node;
 use crate::vm::pool::PoolSpec;
@@ -103,7 +103,7 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
     let exit = match command {
         PoolCommand::Create { pool, role, spec } => {
             let mut new = PoolSpec::new(pool.pool.clone(), role);
-            spec.change(&mut new);
+            spec.change(&mut new)?;
             check(&pool, &new)?;
             node.pool_create(&pool.tenant, role, new)?;
             Exit::Done
@@ -128,6 +128,7 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             counts.running = running.unwrap_or(counts.running);
             counts.warm = warm.unwrap_or(counts.warm);
             counts.sleeping = sleeping.unwrap_or(counts.sleeping);
+            Ok(())
         })?,
         PoolCommand::Build { pool } => {
             let lines = ProgressLines::new();
@@ -138,7 +139,11 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
                 }
             })?;
             drop(bar);
-            crate::infra::display::write_out(&format!("{revision}\n"))?;
+            let info = serde_json::json!({ "pool": pool.to_string(), "revision": revision.to_string() });
+            match globals.format() {
+                OutputFormat::Json => write_out(&to_json(&info)?)?,
+                _ => write_out(&format!("{revision}\n"))?,
+            }
             Exit::Done
         }
         PoolCommand::Destroy { pool, yes } => {
@@ -164,13 +169,19 @@ fn check(pool: &PoolAddress, spec: &PoolSpec) -> Result<(), CliError> {
 }
 
 /// Changes one declaration and reconciles its tenant: the same way as an edited file would.
-fn change(globals: &Globals, node: &Node, pool: &PoolAddress, timeout: Duration, change: impl FnOnce(&mut PoolSpec)) -> CliResult {
+fn change(
+    globals: &Globals,
+    node: &Node,
+    pool: &PoolAddress,
+    timeout: Duration,
+    change: impl FnOnce(&mut PoolSpec) -> Result<(), CliError>,
+) -> CliResult {
     node.pool(pool)?;
     let mut desired: DesiredState = declared(&observe(node)?);
     desired.tenants.retain(|tenant| tenant.tenant_id == pool.tenant);
     let mut specs = desired.tenants.iter_mut().flat_map(|tenant| &mut tenant.pools);
     if let Some(spec) = specs.find(|spec| spec.pool_id == pool.pool) {
-        change(spec);
+        change(spec)?;
     }
     let text = crate::infra::display::to_json(&desired)?;
     // Through the same checks as a file.

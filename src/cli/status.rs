@@ -5,6 +5,7 @@ use mvm_types::Address;
 use serde::Serialize;
 
 use super::CliResult;
+use super::args::resolve;
 use super::exit::{CliError, Exit};
 use super::open::{Globals, Intent, open};
 use crate::agent::desired::DesiredState;
@@ -13,6 +14,7 @@ use crate::infra::clock::Moment;
 use crate::infra::display::{InstanceRow, OutputFormat, PoolRow, table, to_json, write_out};
 use crate::vm::instance::{InstanceState, StateName, StopReason};
 use crate::vm::node::Node;
+use crate::vmm::Liveness;
 
 /// Arguments of `mvm status`.
 #[derive(Debug, Args)]
@@ -45,7 +47,8 @@ pub fn status(globals: &Globals, args: &StatusArgs) -> CliResult {
     match &args.address {
         Some(Address::Tenant(id)) => drop(node.tenant(id)?),
         Some(Address::Pool(address)) => drop(node.pool(address)?),
-        _ => {}
+        Some(Address::Instance(selector)) => drop(resolve(node, selector)?),
+        None => {}
     }
     let now = node.clock().now();
     let pools: Vec<&ObservedPool> =
@@ -137,6 +140,10 @@ pub(super) fn instance_row(one: &ObservedInstance, now: &Moment) -> InstanceRow 
         (Some(transition), state) if one.busy => (format!("{} -> {}", state.name(), transition.to), None),
         (Some(transition), state) => {
             (format!("{} -> {}", state.name(), transition.to), Some("cut off; the next apply finishes or undoes it".to_owned()))
+        }
+        (None, state) if doc.passing_to.is_some() && one.liveness == Liveness::Alive => {
+            let goal = doc.passing_to.map_or_else(String::new, |goal| format!(" -> {goal}"));
+            (format!("{}{goal}", state.name()), Some("cut off on the way; the next apply finishes or undoes it".to_owned()))
         }
         (None, state) if one.needs_recovery() => {
             (state.name().to_string(), Some("its virtual machine died; the next apply starts it again".to_owned()))

@@ -1,7 +1,7 @@
 //! `cp`: files to and from a guest as tar streams.
 
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -48,7 +48,8 @@ impl GuestClient {
         }
     }
 
-    /// Copies a file or directory out of the guest: below `target` when that is a directory, or else as `target`.
+    /// Copies a file or directory out of the guest: below `target` when that is a directory, under the name that `source` ends with;
+    /// or else as `target`. Names that the guest gives are used below a directory that was asked for only.
     ///
     /// # Errors
     /// When something cannot be read there or written here.
@@ -56,10 +57,10 @@ impl GuestClient {
         let mut agent = self.agent.clone();
         let mut chunks = self.call(DOWNLOAD, IDLE, agent.download(DownloadRequest { path: source.to_owned() }))?;
         let (pieces, receiver) = mpsc::channel(4);
-        let path = target.to_owned();
+        let (asked, path) = (PathBuf::from(source), target.to_owned());
         let unpacking = std::thread::spawn(move || {
             let mut reader = ChunkReader { receiver, current: Bytes::new() };
-            let copied = archive::unpack(&mut reader, &path)?;
+            let copied = archive::unpack_asked(&mut reader, &asked, &path)?;
             // Padding behind the end of the archive, and proof that the guest sent all of it.
             io::copy(&mut reader, &mut io::sink())?;
             Ok(copied)

@@ -140,7 +140,7 @@ impl Host for LocalHost {
     }
 
     fn facts(&self) -> Result<HostFacts, HostError> {
-        Ok(facts::gather(&self.state()?, &self.run()?)?)
+        Ok(facts::gather(self.paths.state(), self.paths.run())?)
     }
 
     fn observe_network(&self) -> Result<ObservedNetwork, HostError> {

@@ -6,7 +6,7 @@
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use mvm_guest_api::config as guest;
@@ -47,6 +47,9 @@ impl Node {
         let image = self.images().open(&revision)?;
         let all = self.paths.run().join("throwaway");
         DirBuilder::new().recursive(true).mode(0o700).create(&all).map_err(|error| io("make", error))?;
+        // Between making a directory and locking it, it looks like one that was left behind.
+        let alone = File::create(self.paths.run().join("throwaway.lock")).map_err(|error| io("lock", error))?;
+        alone.lock().map_err(|error| io("lock", error))?;
         sweep(&all).map_err(|error| io("sweep", error))?;
         let mut bits = [0; 4];
         (self.seams.random)(&mut bits);
@@ -55,6 +58,7 @@ impl Node {
         DirBuilder::new().mode(0o700).create(&dir).map_err(|error| io("make", error))?;
         let lock = File::create(dir.join("lock")).map_err(|error| io("lock", error))?;
         lock.lock().map_err(|error| io("lock", error))?;
+        drop(alone);
         let at = InstanceAddress::new("throwaway".parse().expect("it is a tenant id"), spec.pool_id.clone(), instance.clone());
         let config = guest::GuestConfig {
             version: guest::VERSION,
@@ -102,7 +106,7 @@ impl Node {
         let vm = match booted {
             Ok(vm) => vm,
             Err(error) => {
-                let _ = fs::remove_dir_all(&dir);
+                let _ = remove(&dir);
                 return Err(error);
             }
         };
@@ -113,17 +117,24 @@ impl Node {
     }
 }
 
-/// Removes the directories of callers that were killed.
-fn sweep(all: &std::path::Path) -> io::Result<()> {
+/// Removes the directories of callers that were killed. Other callers remove their own meanwhile.
+fn sweep(all: &Path) -> io::Result<()> {
     for entry in fs::read_dir(all)? {
         let dir = entry?.path();
         match File::open(dir.join("lock")).map(|lock| lock.try_lock()) {
             // Its caller lives.
             Ok(Err(_)) => {}
-            _ => fs::remove_dir_all(&dir)?,
+            _ => remove(&dir)?,
         }
     }
     Ok(())
+}
+
+fn remove(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 impl Throwaway<'_> {
@@ -141,8 +152,33 @@ impl Drop for Throwaway<'_> {
                 "the throw-away machine could not be ended; it ends with this process"
             );
         }
-        if let Err(error) = fs::remove_dir_all(&self.dir) {
+        if let Err(error) = remove(&self.dir) {
             tracing::warn!(%error, dir = %self.dir.display(), "the next `mvm run` removes it");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_nobody_holds_is_swept() {
+        let all = tempfile::tempdir().unwrap();
+        let dir = |name: &str| {
+            let dir = all.path().join(name);
+            fs::create_dir(&dir).unwrap();
+            dir
+        };
+        let (held, left, torn) = (dir("held"), dir("left"), dir("torn"));
+        let lock = File::create(held.join("lock")).unwrap();
+        lock.lock().unwrap();
+        File::create(left.join("lock")).unwrap();
+        sweep(all.path()).unwrap();
+        assert!(held.exists() && !left.exists() && !torn.exists());
+        remove(&torn).unwrap();
+        drop(lock);
+        sweep(all.path()).unwrap();
+        assert!(!held.exists());
     }
 }

@@ -149,6 +149,10 @@ pub struct VmHandle {
     pub run_dir: PathBuf,
     /// Guest memory, in MiB.
     pub mem_mib: u32,
+    /// What snapshots of this very machine depend on: the VMM that it runs in, which may have been replaced on disk since. Unknown
+    /// for one that was found again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamp: Option<VmmStamp>,
 }
 
 /// Whether a virtual machine is there.
@@ -177,7 +181,12 @@ pub trait Vmm: Send + Sync {
     /// Returns which driver this is, for display only.
     fn kind(&self) -> VmmKind;
 
-    /// Describes what snapshots made now depend on.
+    /// Finds out with a kernel what [`Vmm::stamp`] cannot find out without one; once per boot of the host, and free afterwards.
+    fn prepare(&self, _kernel: &Path) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    /// Describes what snapshots of machines that start now depend on.
     fn stamp(&self) -> Result<VmmStamp, VmmError>;
 
     /// The files that a snapshot of this driver consists of, relative to its directory.

@@ -200,7 +200,7 @@ impl SimulatedVmm {
         let pid = world.last;
         let guest_boot = guest_boot.unwrap_or_else(|| format!("boot-{pid}"));
         world.machines.insert(pid, Machine { at: spec.at.to_string(), mem_mib: spec.mem_mib, paused, guest_boot });
-        handle(pid, spec.run_dir.clone(), spec.mem_mib)
+        VmHandle { stamp: Some(stamp()), ..handle(pid, spec.run_dir.clone(), spec.mem_mib) }
     }
 
     fn machine<T>(&self, what: &'static str, vm: &VmHandle, change: impl FnOnce(&mut World, i32) -> T) -> Result<T, VmmError> {
@@ -218,7 +218,11 @@ impl SimulatedVmm {
 }
 
 fn handle(pid: i32, run_dir: PathBuf, mem_mib: u32) -> VmHandle {
-    VmHandle { process: ProcessIdentity { pid, start_ticks: 0, boot: "simulated".into() }, run_dir, mem_mib }
+    VmHandle { process: ProcessIdentity { pid, start_ticks: 0, boot: "simulated".into() }, run_dir, mem_mib, stamp: None }
+}
+
+fn stamp() -> VmmStamp {
+    VmmStamp { vmm: VmmKind::Simulated, build: "simulated 1".into(), acceleration: Acceleration::None, cpu: "simulated".into() }
 }
 
 impl Vmm for SimulatedVmm {
@@ -227,7 +231,7 @@ impl Vmm for SimulatedVmm {
     }
 
     fn stamp(&self) -> Result<VmmStamp, VmmError> {
-        Ok(VmmStamp { vmm: VmmKind::Simulated, build: "simulated 1".into(), acceleration: Acceleration::None, cpu: "simulated".into() })
+        Ok(stamp())
     }
 
     fn snapshot_files(&self) -> &'static [&'static str] {

@@ -137,7 +137,7 @@ impl Fixture {
         let at = InstanceAddress::new("acme".parse().unwrap(), "web".parse().unwrap(), InstanceId::from_bits(instance));
         // Another node for each run, so that two runs at once do not find each other's machines.
         let node = format!("test-{}", std::process::id()).parse().unwrap();
-        Self { qemu: Qemu::new(options).unwrap(), dir, kernel, node, at }
+        Self { qemu: Qemu::new(options), dir, kernel, node, at }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -225,7 +225,7 @@ fn a_machine_boots_confined_pauses_resumes_and_dies() {
 
     // Another driver, as after a restart of mvm, works with the same handle.
     let options = QemuOptions { binary: None, facts_file: t.path("facts.json"), acceleration: AccelerationChoice::Tcg };
-    let adopted = Qemu::new(options).unwrap();
+    let adopted = Qemu::new(options);
     adopted.pause(&vm).unwrap();
     adopted.pause(&vm).unwrap();
     let before = t.qemu.stats(&vm).unwrap();
@@ -474,11 +474,11 @@ fn the_network_is_there_after_a_wake_through_a_new_tap() {
 fn the_verdict_on_kvm_comes_from_a_boot_and_is_remembered() {
     let t = Fixture::new(7);
     let options = QemuOptions { binary: None, facts_file: t.path("facts.json"), acceleration: AccelerationChoice::Auto };
-    let first = Qemu::new(options.clone()).unwrap().host_facts(Some(&t.kernel)).unwrap();
+    let first = Qemu::new(options.clone()).host_facts(Some(&t.kernel)).unwrap();
     println!("{first:?}");
     assert_ne!(first.kvm, KvmVerdict::Untried);
     let start = Instant::now();
-    let again = Qemu::new(options).unwrap();
+    let again = Qemu::new(options);
     assert_eq!(again.host_facts(None).unwrap(), first);
     assert!(start.elapsed() < Duration::from_millis(20), "it was found out a second time");
     let stamp = again.stamp().unwrap();

@@ -4,9 +4,9 @@
 //! symbolic links that the stream itself makes; only files, directories, symbolic and hard links are made; counts and
 //! sizes are capped; set-user-id bits and owners are not taken over.
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use tar::{Archive, Builder, Entry, EntryType, Header};
@@ -99,14 +99,43 @@ pub fn unpack(reader: impl Read, path: &Path) -> io::Result<Copied> {
     }
     let staging = Staging::new(parent)?;
     let copied = unpack_below(reader, &staging.0)?;
-    let mut entries = fs::read_dir(&staging.0)?;
-    match (entries.next(), entries.next()) {
-        (Some(top), None) => fs::rename(top?.path(), path).map_err(|error| named(path, error))?,
-        _ => {
-            return Err(refused(format!("the stream has not just one top entry to be named {}", path.display())));
-        }
-    }
+    take_out(&staging, path)?;
     Ok(copied)
+}
+
+/// Unpacks what was asked for by the name `source` into `path`: below it when it is a directory, or else as `path`.
+///
+/// The name is that of the last component of `source`, whatever the stream calls it: whoever made the stream chooses no name here.
+/// A file of that name is replaced, a directory is not.
+///
+/// # Errors
+/// When the stream is not a tar stream of one file or directory that may be unpacked here, or something cannot be written; nothing
+/// of it is left then.
+pub fn unpack_asked(reader: impl Read, source: &Path, path: &Path) -> io::Result<Copied> {
+    if !path.is_dir() {
+        return unpack(reader, path);
+    }
+    let Some(Component::Normal(name)) = source.components().next_back() else {
+        return Err(refused(format!("{} has no name of its own; write the name that it shall have here", source.display())));
+    };
+    let staging = Staging::new(path)?;
+    let copied = unpack_below(reader, &staging.0)?;
+    take_out(&staging, &path.join(name))?;
+    Ok(copied)
+}
+
+/// Moves the one top entry to where it belongs.
+fn take_out(staging: &Staging, path: &Path) -> io::Result<()> {
+    let mut entries = fs::read_dir(&staging.0)?;
+    let (Some(top), None) = (entries.next(), entries.next()) else {
+        return Err(refused(format!("the stream has not just one top entry to be named {}", path.display())));
+    };
+    let top = top?;
+    // `pack` follows a link that is asked for: one here would let whoever made the stream choose what is written to next.
+    if top.file_type()?.is_symlink() {
+        return Err(refused(format!("the stream has only a symbolic link to be named {}", path.display())));
+    }
+    fs::rename(top.path(), path).map_err(|error| named(path, error))
 }
 
 /// A directory that is gone afterwards.
@@ -116,7 +145,7 @@ impl Staging {
     fn new(parent: &Path) -> io::Result<Staging> {
         for attempt in 0..100 {
             let path = parent.join(format!(".mvm-cp-{}-{attempt}", std::process::id()));
-            match fs::create_dir(&path) {
+            match DirBuilder::new().mode(0o700).create(&path) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(named(parent, error)),
                 Ok(()) => return Ok(Staging(path)),
@@ -295,6 +324,40 @@ mod tests {
             assert_eq!(fs::read(outside.join("kept")).unwrap(), b"kept", "{entries:?}");
             assert_eq!(fs::metadata(outside.join("kept")).unwrap().nlink(), 1, "{entries:?}");
         }
+    }
+
+    #[test]
+    fn whoever_made_the_stream_chooses_no_name() {
+        use EntryType as T;
+        let asked = Path::new("/data/report.csv");
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("home");
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join(".bashrc"), "mine").unwrap();
+        fs::write(target.join("report.csv"), "old").unwrap();
+        let names = || {
+            let mut names: Vec<_> = fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        unpack_asked(&hostile(&[(".bashrc", T::Regular, "new")])[..], asked, &target).unwrap();
+        assert_eq!(fs::read(target.join("report.csv")).unwrap(), b"new");
+        let refused: &[&[(&str, EntryType, &str)]] = &[
+            &[],
+            &[("report.csv", T::Regular, "x"), (".bashrc", T::Regular, "x")],
+            &[("report.csv", T::Symlink, "/etc/passwd")],
+            &[("../.bashrc", T::Regular, "x")],
+        ];
+        for stream in refused {
+            assert!(unpack_asked(&hostile(stream)[..], asked, &target).is_err(), "{stream:?}");
+        }
+        assert!(unpack_asked(&hostile(&[("a", T::Regular, "x")])[..], Path::new("/data/.."), &target).is_err());
+        assert_eq!(fs::read(target.join(".bashrc")).unwrap(), b"mine");
+        assert_eq!(fs::read(target.join("report.csv")).unwrap(), b"new");
+        assert_eq!(names(), [".bashrc", "report.csv"], "nothing is left over");
+        let other = target.join("other");
+        unpack_asked(&hostile(&[(".bashrc", T::Regular, "new")])[..], asked, &other).unwrap();
+        assert_eq!(fs::read(other).unwrap(), b"new");
     }
 
     #[test]

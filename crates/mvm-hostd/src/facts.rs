@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::Command;
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::dir::Dir;
 use crate::error::{During, HostdError};
 use crate::program;
 
@@ -89,13 +89,14 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Gathers the facts; starts one process, `nft --version`.
-pub fn gather(state: &Dir, run: &Dir) -> Result<HostFacts, HostdError> {
+/// Gathers the facts; starts one process, `nft --version`. Needs no root and makes nothing: a directory that is not there yet, or
+/// not for this user, is judged by the one that it is or would be in.
+pub fn gather(state: &Path, run: &Path) -> Result<HostFacts, HostdError> {
     let memory = fs::read_to_string("/proc/meminfo").during(|| "cannot read /proc/meminfo".to_owned())?;
     let mounts = fs::read_to_string("/proc/self/mounts").during(|| "cannot read /proc/self/mounts".to_owned())?;
     let cgroup2_mount = cgroup2(&mounts);
     let controllers = cgroup2_mount.as_ref().and_then(|mount| fs::read_to_string(Path::new(mount).join("cgroup.controllers")).ok());
-    let space = rustix::fs::fstatvfs(state).during(|| format!("cannot look at the file system of {}", state.path().display()))?;
+    let space = nearest(state, |dir| rustix::fs::statvfs(dir))?;
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").during(|| "cannot read the boot id".to_owned())?;
     let tun = rustix::fs::open("/dev/net/tun", OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty());
     Ok(HostFacts {
@@ -123,11 +124,21 @@ pub fn gather(state: &Dir, run: &Dir) -> Result<HostFacts, HostdError> {
     })
 }
 
-/// Whether a directory's file system is in memory.
-pub fn is_in_memory(dir: &Dir) -> Result<bool, HostdError> {
-    let stat = rustix::fs::fstatfs(dir).during(|| format!("cannot look at the file system of {}", dir.path().display()))?;
+/// Whether the file system that a directory is on, or would be on, is in memory.
+fn is_in_memory(dir: &Path) -> Result<bool, HostdError> {
+    let stat = nearest(dir, |dir| rustix::fs::statfs(dir))?;
     #[allow(clippy::unnecessary_cast, reason = "the width of f_type differs between architectures")]
     Ok(IN_MEMORY.contains(&(stat.f_type as i64)))
+}
+
+/// Looks at a path, or else at the nearest one above it that can be looked at.
+fn nearest<T>(path: &Path, look: impl Fn(&Path) -> Result<T, Errno>) -> Result<T, HostdError> {
+    let mut above = path.ancestors().filter(|path| !path.as_os_str().is_empty());
+    let result = above.find_map(|path| match look(path) {
+        Err(Errno::NOENT | Errno::ACCESS) => None,
+        other => Some(other),
+    });
+    result.unwrap_or(Err(Errno::NOENT)).during(|| format!("cannot look at the file system of {}", path.display()))
 }
 
 fn nft_version() -> Result<String, HostdError> {
@@ -168,8 +179,9 @@ mod tests {
     #[test]
     fn this_host_has_facts() {
         let top = tempfile::tempdir().unwrap();
-        let dir = Dir::open(top.path()).unwrap();
-        let facts = gather(&dir, &dir).unwrap();
+        let missing = top.path().join("not/yet");
+        let facts = gather(&missing, &missing).unwrap();
+        assert!(!top.path().join("not").exists(), "looking makes nothing");
         assert!(facts.cpus > 0 && facts.memory_total_mib > facts.memory_available_mib && facts.state_free_mib <= facts.state_total_mib);
         assert!(!facts.kernel.is_empty() && facts.boot_id.len() == 36);
     }

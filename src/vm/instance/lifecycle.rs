@@ -451,7 +451,12 @@ impl Locked<'_> {
         let dir = self.node.paths.snapshot(&self.at);
         vmm.snapshot(vm, &dir)?;
         let taken = self.node.clock().now();
-        let manifest = SnapshotManifest::describe(&self.node.id, &self.doc, vmm.stamp()?, taken, &dir, vmm.snapshot_files())?;
+        // What the machine was started with, which an upgrade since then does not change.
+        let stamp = match &vm.stamp {
+            Some(stamp) => stamp.clone(),
+            None => vmm.stamp()?,
+        };
+        let manifest = SnapshotManifest::describe(&self.node.id, &self.doc, stamp, taken, &dir, vmm.snapshot_files())?;
         self.node.documents().write(&manifest_key(&self.at), &manifest)?;
         Ok(())
     }
@@ -460,9 +465,11 @@ impl Locked<'_> {
         let vmm = self.node.vmm();
         let manifest: SnapshotManifest =
             self.node.documents().read(&manifest_key(&self.at))?.ok_or_else(|| SnapshotError::Missing { instance: self.at.to_string() })?;
-        manifest.check_conditions(&self.node.id, &self.doc, &vmm.stamp()?)?;
         let revision = self.doc.revision.clone().ok_or_else(|| SnapshotError::Missing { instance: self.at.to_string() })?;
         let image = self.node.images().open(&revision)?;
+        // After a reboot of the host nothing is known of its abilities.
+        vmm.prepare(&image.kernel)?;
+        manifest.check_conditions(&self.node.id, &self.doc, &vmm.stamp()?)?;
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
         self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use mvm_types::{InstanceAddress, NodeId};
@@ -57,38 +57,48 @@ pub struct QemuOptions {
 /// The QEMU driver.
 #[derive(Debug)]
 pub struct Qemu {
-    binary: PathBuf,
+    /// The program, once it was looked for.
+    binary: OnceLock<PathBuf>,
     options: QemuOptions,
     facts: Mutex<Option<HostFacts>>,
     children: Children,
 }
 
 impl Qemu {
-    /// Finds the program; runs nothing yet.
+    /// Looks for nothing and runs nothing yet: who only looks at a fleet needs no QEMU.
+    pub fn new(options: QemuOptions) -> Self {
+        Self { binary: OnceLock::new(), options, facts: Mutex::new(None), children: Children::default() }
+    }
+
+    /// Finds the program.
     ///
     /// # Errors
     /// [`VmmError::Unusable`] when there is none.
-    pub fn new(options: QemuOptions) -> Result<Self, VmmError> {
-        let binary = match &options.binary {
+    fn binary(&self) -> Result<&Path, VmmError> {
+        if let Some(binary) = self.binary.get() {
+            return Ok(binary);
+        }
+        let binary = match &self.options.binary {
             Some(binary) => binary.clone(),
             None => find_in_path("qemu-system-x86_64").ok_or_else(|| VmmError::Unusable {
                 vmm: "qemu",
                 why: "qemu-system-x86_64 is not in PATH; install the package qemu-system-x86".into(),
             })?,
         };
-        Ok(Self { binary, options, facts: Mutex::new(None), children: Children::default() })
+        Ok(self.binary.get_or_init(|| binary))
     }
 
     /// Finds out what QEMU can do here, or remembers it.
     ///
     /// With a kernel, KVM is tried by booting it, once per boot of the host and build of QEMU.
     pub fn host_facts(&self, kernel: Option<&Path>) -> Result<HostFacts, VmmError> {
+        let binary = self.binary()?;
         let mut known = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
         let file = &self.options.facts_file;
-        let mut facts = match known.take().or_else(|| probe::remembered(file, &self.binary)) {
+        let mut facts = match known.take().or_else(|| probe::remembered(file, binary)) {
             Some(facts) => facts,
             None => {
-                let facts = probe::inspect(&self.binary)?;
+                let facts = probe::inspect(binary)?;
                 self.remember(&facts);
                 facts
             }
@@ -148,7 +158,7 @@ impl Qemu {
             log: append_to(&vmm_log).map_err(failed)?,
             lifetime: Lifetime::WithCaller,
         };
-        let mut child = launch(&self.binary, launched).map_err(failed)?;
+        let mut child = launch(self.binary()?, launched).map_err(failed)?;
         let status = match ProcessIdentity::of(pid_of(&child)) {
             Some(identity) => {
                 let pidfd = process::open(&identity).map_err(failed)?;
@@ -225,13 +235,14 @@ impl Qemu {
             _ => None,
         };
         let log = open_log(&spec.vmm_log)?;
-        let child = launch(&self.binary, Launch { args, inherit, uid: spec.uid, device_group, log, lifetime: spec.lifetime })
-            .map_err(|source| VmmError::Io { what: format!("cannot start {}", self.binary.display()), source })?;
+        let binary = self.binary()?;
+        let child = launch(binary, Launch { args, inherit, uid: spec.uid, device_group, log, lifetime: spec.lifetime })
+            .map_err(|source| VmmError::Io { what: format!("cannot start {}", binary.display()), source })?;
         let identity = ProcessIdentity::of(pid_of(&child));
         self.children.add(child);
         let ended = || VmmError::Failed { what: "cannot start QEMU", why: process::log_tail(&spec.vmm_log) };
         let Some(process) = identity else { return Err(ended()) };
-        let vm = VmHandle { process, run_dir: spec.run_dir, mem_mib: spec.mem_mib };
+        let vm = VmHandle { process, run_dir: spec.run_dir, mem_mib: spec.mem_mib, stamp: Some(stamp(&facts, acceleration)) };
         match QmpClient::connect(&vm.run_dir.join(QMP_SOCKET), Instant::now() + QMP_TIMEOUT) {
             Ok(client) => Ok((vm, client)),
             Err(error) => {
@@ -290,16 +301,14 @@ impl Vmm for Qemu {
         VmmKind::Qemu
     }
 
+    fn prepare(&self, kernel: &Path) -> Result<(), VmmError> {
+        self.host_facts(Some(kernel)).map(drop)
+    }
+
     fn stamp(&self) -> Result<VmmStamp, VmmError> {
         let facts = self.host_facts(None)?;
         let acceleration = self.acceleration(&facts)?;
-        let model = if acceleration == Acceleration::Kvm { "host" } else { "max" };
-        Ok(VmmStamp {
-            vmm: VmmKind::Qemu,
-            build: format!("{} blake3 {}", facts.version, facts.binary_hash),
-            acceleration,
-            cpu: format!("{model} on {}", facts.host_cpu),
-        })
+        Ok(stamp(&facts, acceleration))
     }
 
     fn boot(&self, spec: VmSpec) -> Result<VmHandle, VmmError> {
@@ -420,7 +429,7 @@ impl Vmm for Qemu {
     fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
         let found = process::find_by_marker(&marker(node, at))
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
-        Ok(found.map(|process| VmHandle { process, run_dir: run_dir.to_owned(), mem_mib }))
+        Ok(found.map(|process| VmHandle { process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
     }
 
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {
@@ -432,6 +441,17 @@ impl Vmm for Qemu {
 enum From {
     Kernel,
     Snapshot { device_state: File },
+}
+
+/// What snapshots of a machine that starts now depend on.
+fn stamp(facts: &HostFacts, acceleration: Acceleration) -> VmmStamp {
+    let model = if acceleration == Acceleration::Kvm { "host" } else { "max" };
+    VmmStamp {
+        vmm: VmmKind::Qemu,
+        build: format!("{} blake3 {}", facts.version, facts.binary_hash),
+        acceleration,
+        cpu: format!("{model} on {}", facts.host_cpu),
+    }
 }
 
 /// What `-name` carries.

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use rustix::fs::Mode;
-use rustix::io::FdFlags;
-use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit, setsid, umask};
+use rustix::io::{Errno, FdFlags};
+use rustix::process::{Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit, setsid, umask};
 use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use rustix::{process::Gid, process::Uid};
 
@@ -61,6 +61,7 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     let identity = launch.uid.map(|id| (Uid::from_raw(id), Gid::from_raw(id)));
     let groups: Vec<Gid> = launch.device_group.into_iter().map(Gid::from_raw).collect();
     let lifetime = launch.lifetime;
+    let parent = getpid();
     let prepare = move || {
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
@@ -76,6 +77,10 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
         // After the change of uid, which clears it.
         if lifetime == Lifetime::WithCaller {
             set_parent_process_death_signal(Some(Signal::KILL))?;
+            // A parent that died before that sends no signal any more.
+            if getppid() != Some(parent) {
+                return Err(Errno::SRCH.into());
+            }
         }
         for fd in &fds {
             // SAFETY: `launch.inherit` owns these descriptors until the child has been started.
