@@ -1,12 +1,23 @@
 //! The `mvm` command: parse, dispatch, error to exit code.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
+use mvm::cli::exit::Exit;
 use mvm::cli::{Cli, run};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => {
+            let text = error.render();
+            let text = if std::io::stderr().is_terminal() { text.ansi().to_string() } else { text.to_string() };
+            eprint!("{}", mvm::cli::exit::shorten_words(&text));
+            return Exit::Usage.into();
+        }
+    };
     mvm::infra::logging::init(cli.globals.verbose, cli.globals.log_format == mvm::cli::open::LogFormat::Json);
     match run(cli) {
         Ok(exit) => exit.into(),

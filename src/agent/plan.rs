@@ -108,6 +108,8 @@ impl Planner<'_> {
             format!("missing: {missing}")
         } else if !left_over.is_empty() {
             format!("left over: {left_over}")
+        } else if !self.observed.network.loose.is_empty() {
+            format!("ports of no bridge: {}", list(self.observed.network.loose.iter().collect()))
         } else if self.observed.network.ruleset != self.observed.ruleset_hash() {
             "the rules that are loaded are not those that the documents give".to_owned()
         } else if !wanted.is_empty() && !self.observed.network.forwards {

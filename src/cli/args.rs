@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use mvm_types::{InstanceAddress, InstanceSelector, PoolAddress, ProfileName, Role};
+use mvm_types::{InstanceAddress, InstanceId, InstanceSelector, PoolAddress, ProfileName, Role};
 
 use super::exit::{CliError, Exit};
 use crate::agent::desired::{DesiredState, Format, MAX_DOCUMENT, parse};
@@ -37,7 +37,13 @@ pub fn resolve(node: &Node, selector: &InstanceSelector) -> Result<InstanceAddre
     let pool = PoolAddress::new(selector.tenant.clone(), selector.pool.clone());
     node.pool(&pool)?;
     let ids = node.instances(&pool)?;
-    let found: Vec<_> = ids.iter().filter(|id| selector.matches(id)).collect();
+    let mut found: Vec<_> = ids.iter().filter(|id| selector.matches(id)).collect();
+    // One that was never finished, or whose end was cut off, has a directory and no document.
+    let is_there = |id: &InstanceId| {
+        let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id.clone());
+        !matches!(node.instance(&at), Err(LifecycleError::NotFound { .. }))
+    };
+    found.retain(|id| is_there(id));
     match found[..] {
         [id] => Ok(InstanceAddress::new(pool.tenant, pool.pool, id.clone())),
         [] => {
@@ -49,6 +55,11 @@ pub fn resolve(node: &Node, selector: &InstanceSelector) -> Result<InstanceAddre
             Err(CliError::new(Exit::Usage, format!("{selector} can mean {}; write more of the id", list.join(", "))))
         }
     }
+}
+
+/// Writes a number of things: `1 instance`, `2 instances`.
+pub fn count(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Asks before something is destroyed; without a terminal `--yes` has to say so.

@@ -66,6 +66,25 @@ impl From<FailureKind> for Exit {
     }
 }
 
+/// Shortens words that nobody reads to their end, such as an address of 10 kB.
+pub fn shorten_words(text: &str) -> String {
+    const LONGEST: usize = 200;
+    const SHOWN: usize = 60;
+    let shorten = |word: &str| match word.chars().count() {
+        length if length > LONGEST => {
+            let end = word.trim_start().char_indices().nth(SHOWN).map_or(word.len(), |(at, _)| at);
+            format!("{}… ({length} characters)", &word[..end])
+        }
+        _ => word.to_owned(),
+    };
+    text.split_inclusive([' ', '\n'])
+        .map(|word| {
+            let body = word.trim_end_matches([' ', '\n']);
+            shorten(body) + &word[body.len()..]
+        })
+        .collect()
+}
+
 /// An error on its way to the user.
 #[derive(Debug)]
 pub struct CliError {

@@ -15,6 +15,7 @@ use crate::audit::Entry;
 use crate::guest::{ExecRequest, Follow, GuestClient, LogSource, Purpose};
 use crate::vm::instance::{InstanceState, StateName};
 use crate::vm::node::Node;
+use crate::vmm::Liveness;
 
 /// How long a guest that runs is tried to be reached.
 const REACH: Duration = Duration::from_secs(10);
@@ -104,9 +105,11 @@ struct Reached {
     opened: Opened,
     at: InstanceAddress,
     client: GuestClient,
+    begun: Instant,
 }
 
 fn reach(globals: &Globals, selector: &InstanceSelector, what: &str) -> Result<Reached, CliError> {
+    let begun = Instant::now();
     let opened = open(globals, Intent::Change)?;
     let at = resolve(&opened.node, selector)?;
     let vm = running(&opened.node, &at, what)?;
@@ -114,7 +117,7 @@ fn reach(globals: &Globals, selector: &InstanceSelector, what: &str) -> Result<R
         return Err(CliError::new(Exit::Refused, format!("cannot {what} {at}: its machine is simulated, and runs nothing")));
     }
     let client = GuestClient::connect(&vm, Purpose::Interactive, Instant::now() + REACH)?;
-    Ok(Reached { opened, at, client })
+    Ok(Reached { opened, at, client, begun })
 }
 
 /// Returns the run directory of an instance that runs.
@@ -122,6 +125,10 @@ fn running(node: &Node, at: &InstanceAddress, what: &str) -> Result<PathBuf, Cli
     let refused =
         |state: StateName, remedy: &str| Err(CliError::new(Exit::Refused, format!("cannot {what} {at}: it is {state}; {remedy}")));
     match node.instance(at)?.state {
+        InstanceState::Running { vm, .. } if node.vmm().liveness(&vm) == Liveness::Gone => {
+            let why = format!("cannot {what} {at}: its virtual machine died; `mvm apply` or `mvm instance start {at}` boots it again");
+            Err(CliError::new(Exit::Refused, why))
+        }
         InstanceState::Running { vm, .. } => Ok(vm.run_dir),
         InstanceState::Warm { .. } => refused(StateName::Warm, &format!("`mvm instance resume {at}` lets it run")),
         InstanceState::Sleeping { .. } => refused(StateName::Sleeping, &format!("`mvm instance wake {at}` lets it run")),
@@ -129,9 +136,12 @@ fn running(node: &Node, at: &InstanceAddress, what: &str) -> Result<PathBuf, Cli
     }
 }
 
-fn record(node: &Node, at: &InstanceAddress, action: String, error: Option<String>) -> Result<(), CliError> {
-    let entry = Entry { object: at.to_string(), action, error, ..Entry::default() };
-    Ok(node.audit().record(&at.tenant, entry)?)
+impl Reached {
+    /// Writes down what was done in the guest.
+    fn record(&self, action: String, error: Option<String>) -> Result<(), CliError> {
+        let entry = Entry { object: self.at.to_string(), action, error, took: self.begun.elapsed(), ..Entry::default() };
+        Ok(self.opened.node.audit().record(&self.at.tenant, entry)?)
+    }
 }
 
 /// `mvm exec`.
@@ -146,7 +156,7 @@ pub fn exec(globals: &Globals, args: ExecArgs) -> CliResult {
         user: args.user,
     };
     let end = run_in(&mut reached.client, request, args.interactive, args.tty);
-    record(&reached.opened.node, &reached.at, format!("exec {program}"), end.as_ref().err().map(|error| error.text.clone()))?;
+    reached.record(format!("exec {program}"), end.as_ref().err().map(|error| error.text.clone()))?;
     end
 }
 
@@ -170,7 +180,7 @@ pub fn shell(globals: &Globals, args: &ShellArgs) -> CliResult {
     let request = ExecRequest { argv: vec![b"/bin/sh".to_vec(), b"-l".to_vec()], ..ExecRequest::default() };
     let tty = std::io::stdin().is_terminal();
     let end = run_in(&mut reached.client, request, true, tty);
-    record(&reached.opened.node, &reached.at, "shell".to_owned(), end.as_ref().err().map(|error| error.text.clone()))?;
+    reached.record("shell".to_owned(), end.as_ref().err().map(|error| error.text.clone()))?;
     end
 }
 
@@ -196,7 +206,7 @@ pub fn cp(globals: &Globals, args: &CpArgs) -> CliResult {
             return Err(CliError::new(Exit::Usage, "both paths are in instances; copy to a file here first"));
         }
     };
-    record(&reached.opened.node, &reached.at, action, copied.as_ref().err().map(ToString::to_string))?;
+    reached.record(action, copied.as_ref().err().map(ToString::to_string))?;
     copied?;
     Ok(Exit::Done)
 }

@@ -63,7 +63,7 @@ fn probes(observed: &Observed) -> Vec<CheckRow> {
         let all = tenant.pools.values().flat_map(|pool| &pool.instances);
         all.filter(|one| matches!(one.doc.state, InstanceState::Running { .. }) && !one.needs_recovery()).cloned().collect()
     };
-    let mut rows = Vec::new();
+    let mut wanted_of = Vec::new();
     for (id, tenant) in &observed.tenants {
         let own = running(tenant);
         let Some(from) = own.first() else { continue };
@@ -82,11 +82,16 @@ fn probes(observed: &Observed) -> Vec<CheckRow> {
             );
         }
         wanted.push(("169.254.169.254".to_owned(), "the metadata address 169.254.169.254".to_owned(), Expect::Silence));
-        for (address, name, expect) in wanted {
-            rows.push(probe(from, &address, &name, expect));
-        }
+        wanted_of.push((from.clone(), wanted));
     }
-    rows
+    // Silence takes seconds to hear; the tenants listen at the same time.
+    std::thread::scope(|scope| {
+        let probe_all = |(from, wanted): (ObservedInstance, Vec<(String, String, Expect)>)| -> Vec<CheckRow> {
+            wanted.iter().map(|(address, name, expect)| probe(&from, address, name, *expect)).collect()
+        };
+        let threads: Vec<_> = wanted_of.into_iter().map(|one| scope.spawn(move || probe_all(one))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("probing does not panic")).collect()
+    })
 }
 
 fn probe(from: &ObservedInstance, address: &str, name: &str, expect: Expect) -> CheckRow {

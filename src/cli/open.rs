@@ -118,12 +118,24 @@ pub struct Opened {
 
 impl Opened {
     /// Keeps the simulated machines for the next command.
-    pub fn close(self) -> Result<(), CliError> {
-        if let Some((vmm, host)) = &self.simulation {
+    pub fn close(mut self) -> Result<(), CliError> {
+        if let Some((vmm, host)) = self.simulation.take() {
             vmm.save()?;
             host.save()?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Opened {
+    /// Also what a command did before it failed is there for the next one.
+    fn drop(&mut self) {
+        if let Some((vmm, host)) = self.simulation.take() {
+            let saved = vmm.save().map_err(CliError::from).and_then(|()| Ok(host.save()?));
+            if let Err(error) = saved {
+                eprintln!("mvm: {}", error.text);
+            }
+        }
     }
 }
 

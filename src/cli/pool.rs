@@ -144,7 +144,7 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
         PoolCommand::Destroy { pool, yes } => {
             node.pool(&pool)?;
             let instances = node.instances(&pool)?.len();
-            confirm(yes, &format!("Destroy pool {pool} with its {instances} instances and their data?"))?;
+            confirm(yes, &format!("Destroy pool {pool} with its {} and their data?", super::args::count(instances, "instance")))?;
             destroy(node, &pool)?;
             node.apply_network()?;
             Exit::Done

@@ -18,7 +18,8 @@ pub fn reference() -> String {
 }
 
 fn section(text: &mut String, command: &Command, path: &str, root: bool) {
-    let mut shown = command.clone();
+    // What the variables are set to right now is no part of the reference.
+    let mut shown = command.clone().mut_args(|arg| arg.hide_env_values(true));
     if !root {
         shown = shown.mut_args(|arg| if arg.is_global_set() { arg.hide(true) } else { arg });
     }

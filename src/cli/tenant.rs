@@ -150,7 +150,10 @@ pub fn run(globals: &Globals, command: TenantCommand) -> CliResult {
         }
         TenantCommand::Destroy { tenant, yes } => {
             let instances = node.tenant(&tenant).and_then(|_| node.tenant_instances(&tenant, &mut Vec::new()))?.len();
-            confirm(yes, &format!("Destroy tenant {tenant} with its {instances} instances, their data and its secrets?"))?;
+            confirm(
+                yes,
+                &format!("Destroy tenant {tenant} with its {}, their data and its secrets?", super::args::count(instances, "instance")),
+            )?;
             destroy(node, &tenant)?;
         }
         TenantCommand::Secrets(command) => secrets(globals, node, command)?,

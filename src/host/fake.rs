@@ -287,7 +287,12 @@ impl Host for FakeHost {
     }
 
     fn observe_network(&self) -> Result<ObservedNetwork, HostError> {
-        self.look(|state| ObservedNetwork { bridges: state.bridges.clone(), ruleset: state.ruleset.clone(), forwards: state.forwards })
+        self.look(|state| ObservedNetwork {
+            bridges: state.bridges.clone(),
+            ruleset: state.ruleset.clone(),
+            forwards: state.forwards,
+            loose: BTreeSet::new(),
+        })
     }
 
     fn ensure_run_dir(&self, instance: &InstanceId) -> Result<PathBuf, HostError> {
@@ -363,6 +368,11 @@ impl Host for FakeHost {
 
     fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError> {
         self.effect(|| format!("remove_snapshot {at}"), |_| Ok(()))
+    }
+
+    fn reattach(&self, _: &Ruleset) -> Result<(), HostError> {
+        // Its TAPs are never loose.
+        Ok(())
     }
 
     fn sweep(&self, expected: &HostExpectations) -> Result<Vec<String>, HostError> {

@@ -145,12 +145,14 @@ impl Host for LocalHost {
 
     fn observe_network(&self) -> Result<ObservedNetwork, HostError> {
         let links = self.netlink()?.list_links()?;
-        let ours = links.into_iter().filter(|link| link.is_bridge && link.up && link.alias.as_ref() == Some(&self.alias));
+        let ours = || links.iter().filter(|link| link.alias.as_ref() == Some(&self.alias));
+        let bridges = ours().filter(|link| link.is_bridge && link.up).map(|link| link.name.clone()).collect();
+        let loose = ours().filter(|link| !link.is_bridge && link.master.is_none()).map(|link| link.name.clone()).collect();
         let ruleset = match self.try_run()? {
             Some(run) => nft::loaded(&run)?,
             None => None,
         };
-        Ok(ObservedNetwork { bridges: ours.map(|link| link.name).collect(), ruleset, forwards: sysctl::forwards()? })
+        Ok(ObservedNetwork { bridges, ruleset, forwards: sysctl::forwards()?, loose })
     }
 
     fn ensure_run_dir(&self, instance: &InstanceId) -> Result<PathBuf, HostError> {
@@ -223,6 +225,17 @@ impl Host for LocalHost {
     fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError> {
         if let Some(dir) = self.instance_dir(at)? {
             dir.remove_tree("snapshot")?;
+        }
+        Ok(())
+    }
+
+    fn reattach(&self, ruleset: &Ruleset) -> Result<(), HostError> {
+        let loose = self.observe_network()?.loose;
+        let netlink = self.netlink()?;
+        for (network, instances) in &ruleset.tenants {
+            for instance in instances.iter().filter(|instance| loose.contains(&instance.tap())) {
+                netlink.attach(&instance.tap(), &network.bridge(), instance.mac().0, &self.alias)?;
+            }
         }
         Ok(())
     }

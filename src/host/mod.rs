@@ -59,6 +59,8 @@ pub struct ObservedNetwork {
     pub ruleset: Option<String>,
     /// Whether the host forwards between its interfaces.
     pub forwards: bool,
+    /// TAPs of ours that are ports of no bridge: theirs was removed by somebody, or they were taken off it.
+    pub loose: std::collections::BTreeSet<String>,
 }
 
 /// One thing that `mvm net verify` looked at from the host's side.
@@ -144,6 +146,9 @@ pub trait Host: Send + Sync {
 
     /// Removes the instance's snapshot.
     fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError>;
+
+    /// Makes the TAPs of these instances that are ports of no bridge, ports of theirs again.
+    fn reattach(&self, ruleset: &Ruleset) -> Result<(), HostError>;
 
     /// Removes what carries this node's mark and is not expected; returns what that was, in words.
     fn sweep(&self, expected: &HostExpectations) -> Result<Vec<String>, HostError>;

@@ -60,7 +60,7 @@ pub(super) fn verify(host: &LocalHost, ruleset: &Ruleset) -> Result<Vec<NetworkC
                 Some(found) if found == wanted && link.up => None,
                 Some(found) if found == wanted => Some("it is down; stop and start its instance".into()),
                 Some(found) => Some(format!("it is a port of {found}; stop and start its instance")),
-                None => Some("it is a port of no bridge; stop and start its instance".into()),
+                None => Some(format!("it is a port of no bridge; {REPAIR}")),
             };
             check(format!("TAP {} is a port of {wanted}", link.name), fault);
         } else if let Some(bridge) = bridge.filter(|bridge| bridge.starts_with(BRIDGE_PREFIX)) {

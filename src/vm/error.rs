@@ -131,6 +131,8 @@ impl LifecycleError {
     pub fn retry_can_help(&self) -> bool {
         matches!(self.kind(), FailureKind::Failed | FailureKind::Timeout)
             || matches!(self, LifecycleError::Document(DocumentError::Store(StoreError::Locked { .. })) | LifecycleError::Quota(_))
+            // The next plan boots the instance afresh.
+            || matches!(self, LifecycleError::Snapshot(_))
     }
 
     /// Tells whether the program was ended by a test here: nothing must be done any more, not even cleaning up.

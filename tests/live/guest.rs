@@ -55,7 +55,10 @@ impl Guest {
         qemu.args(["-display", "none", "-no-reboot", "-serial", &format!("file:{}", at("console"))]);
         qemu.arg("-kernel").arg(image.vmlinux()).arg("-initrd").arg(image.initrd());
         // Without the rate the kernel measures it, and under load it may not succeed.
-        qemu.args(["-append", &format!("console=ttyS0 panic=-1 tsc_early_khz={} {}", tsc_khz(), image::builtin::KERNEL_ARGS.join(" "))]);
+        qemu.args([
+            "-append",
+            &format!("console=ttyS0 panic=-1 tsc_early_khz={} tsc=reliable {}", tsc_khz(), image::builtin::KERNEL_ARGS.join(" ")),
+        ]);
         for (index, (file, read_only)) in [(image.rootfs(), "on"), (data, "off"), (config, "on"), (secrets, "on")].into_iter().enumerate() {
             qemu.args(["-drive", &format!("if=none,id=d{index},format=raw,readonly={read_only},file={}", file.display())]);
             qemu.args(["-device", &format!("virtio-blk-device,drive=d{index}")]);

@@ -1,7 +1,16 @@
 //! Tests with the real kernel; they need root and clean up after themselves.
 
+mod crash;
+mod fleet;
+mod full_disk;
 mod guest;
 mod image;
+mod isolation;
 mod network;
 mod qemu;
+mod rig;
+mod secrets;
+mod sleep;
+mod throwaway;
+mod together;
 mod wire;

@@ -129,6 +129,15 @@ fn take_out(agent: &Agent) -> Vec<String> {
     warnings
 }
 
+/// Moves the clock by a step, and returns what it shows then.
+pub fn step_clock(agent: &Agent, step_ns: i64) -> Result<proto::ClockReply, Status> {
+    if step_ns != 0 && agent.settings.manage == Manage::System {
+        let target = system::unix_time_ns().saturating_add(step_ns);
+        set_clock(target).map_err(|why| Status::invalid_argument(format!("clock: {why}")))?;
+    }
+    Ok(proto::ClockReply { unix_time_ns: system::unix_time_ns() })
+}
+
 /// Sets the clock; returns how far it was behind.
 fn set_clock(unix_time_ns: i64) -> Result<i64, String> {
     // 2020-01-01 to 2100-01-01: a host whose own clock is unset must not throw the guest's back to 1970.

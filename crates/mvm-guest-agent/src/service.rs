@@ -5,9 +5,9 @@ use std::sync::Arc;
 use mvm_guest_api::limits;
 use mvm_guest_api::proto::guest_agent_server::GuestAgent;
 use mvm_guest_api::proto::{
-    Chunk, DownloadRequest, DrainReply, DrainRequest, ExecInput, ExecOutput, LogsRequest, PrepareSleepReply, PrepareSleepRequest,
-    ShutdownReply, ShutdownRequest, StatusReply, StatusRequest, UndrainReply, UndrainRequest, UploadInput, UploadReply, WakeReply,
-    WakeRequest, logs_request,
+    Chunk, ClockReply, ClockRequest, DownloadRequest, DrainReply, DrainRequest, ExecInput, ExecOutput, LogsRequest, PrepareSleepReply,
+    PrepareSleepRequest, ShutdownReply, ShutdownRequest, StatusReply, StatusRequest, UndrainReply, UndrainRequest, UploadInput,
+    UploadReply, WakeReply, WakeRequest, logs_request,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -79,6 +79,10 @@ impl GuestAgent for Service {
 
     async fn wake(&self, request: Request<WakeRequest>) -> Reply<WakeReply> {
         lifecycle::wake(&self.0, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn clock(&self, request: Request<ClockRequest>) -> Reply<ClockReply> {
+        lifecycle::step_clock(&self.0, request.into_inner().step_ns).map(Response::new)
     }
 
     async fn shutdown(&self, request: Request<ShutdownRequest>) -> Reply<ShutdownReply> {

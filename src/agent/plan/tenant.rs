@@ -317,7 +317,7 @@ impl Planner<'_> {
         *replace = self.with_room_again(tenant, spec, std::mem::take(replace));
         let new = up.iter().filter(|chain| chain.instance.is_none()).count();
         if new > 0 {
-            let why = format!("{pool} wants {} instances", spec.desired_counts.total());
+            let why = format!("{pool} wants {} in all", spec.desired_counts.total());
             let count = u32::try_from(new).unwrap_or(u32::MAX);
             work.created = Some(self.step(Action::CreateInstances { pool: pool.clone(), count }, why, work.ready.clone()));
         }

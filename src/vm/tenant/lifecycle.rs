@@ -142,6 +142,9 @@ impl Node {
         for network in &missing {
             self.host().ensure_tenant_network(network)?;
         }
+        if !observed.loose.is_empty() {
+            self.host().reattach(&ruleset)?;
+        }
         for what in self.host().sweep(&HostExpectations { bridges, instances })? {
             tracing::warn!(what, "removed what nothing declares");
         }

@@ -80,7 +80,7 @@ impl Node {
         let mut secrets = self.secrets(tenant)?;
         if change == SecretChange::Rotate && !secrets.secrets.contains_key(name) {
             let known = secrets.secrets.keys().map(ToString::to_string).collect();
-            return Err(LifecycleError::NotFound { kind: "secret", name: name.to_string(), known });
+            return Err(LifecycleError::NotFound { kind: "secret", name: format!("{name} of tenant {tenant}"), known });
         }
         let others: usize = secrets.secrets.iter().filter(|(other, _)| *other != name).map(|(_, secret)| secret.len).sum();
         if value.len() > MAX_SECRET || others + value.len() > MAX_SECRETS {

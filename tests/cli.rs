@@ -1,0 +1,517 @@
+//! The command line from outside: `mvm --vmm simulated` in directories of its own, without root.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+const FLEET: &str = r#"
+schema_version = 1
+[[tenants]]
+tenant_id = "acme"
+network = { tenant_net_id = 7, ipv4_subnet = "10.240.7.0/24" }
+quotas = { max_running = 8 }
+[[tenants.pools]]
+pool_id = "gw"
+role = "gateway"
+desired_counts = { running = 1 }
+[[tenants.pools]]
+pool_id = "web"
+desired_counts = { running = 2, warm = 1, sleeping = 1 }
+runtime_policy = { min_running_seconds = 0, min_warm_seconds = 0 }
+"#;
+
+struct Node {
+    dir: tempfile::TempDir,
+}
+
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Node {
+    fn new() -> Node {
+        Node { dir: tempfile::tempdir().unwrap() }
+    }
+
+    /// A node with the fleet on it.
+    fn with_fleet() -> Node {
+        let node = Node::new();
+        node.ok(&["apply", "-f", &node.file("fleet.toml", FLEET)]);
+        node
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn file(&self, name: &str, content: impl AsRef<[u8]>) -> String {
+        fs::write(self.path(name), content).unwrap();
+        self.path(name).to_str().unwrap().to_owned()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mvm"));
+        command.args(args).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("USER", "tester");
+        command.env("MVM_STATE_DIR", self.path("state")).env("MVM_RUN_DIR", self.path("run")).env("MVM_VMM", "simulated");
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        ran(self.command(args).output().unwrap())
+    }
+
+    fn run_with(&self, args: &[&str], input: &[u8]) -> Ran {
+        let mut child = self.command(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // A command that refuses early does not read.
+        let _ = child.stdin.take().unwrap().write_all(input);
+        ran(child.wait_with_output().unwrap())
+    }
+
+    #[track_caller]
+    fn ok(&self, args: &[&str]) -> String {
+        let ran = self.run(args);
+        assert_eq!(ran.code, 0, "mvm {args:?}\n{}{}", ran.out, ran.err);
+        ran.out
+    }
+
+    /// Runs a command that has to end with this code and say this, on standard error and nowhere else.
+    #[track_caller]
+    fn fails(&self, code: i32, args: &[&str], says: &[&str]) {
+        let ran = self.run(args);
+        assert_eq!(ran.code, code, "mvm {args:?}\n{}{}", ran.out, ran.err);
+        for part in says {
+            assert!(ran.err.contains(part), "mvm {args:?} does not say {part:?}: {}", ran.err);
+        }
+        assert!(ran.err.len() < 2000, "mvm {args:?} says {} bytes", ran.err.len());
+        assert_eq!(ran.out, "", "mvm {args:?} fails and writes to standard output");
+    }
+
+    /// JSON is the only thing on standard output.
+    #[track_caller]
+    fn json(&self, args: &[&str]) -> Value {
+        let args = [args, &["--output", "json"]].concat();
+        let ran = self.run(&args);
+        assert_eq!(ran.code, 0, "mvm {args:?}\n{}{}", ran.out, ran.err);
+        serde_json::from_str(&ran.out).unwrap_or_else(|error| panic!("mvm {args:?}: {error}: {}", ran.out))
+    }
+
+    fn addresses(&self, state: &str) -> Vec<String> {
+        let all = self.json(&["instance", "list"]);
+        let all = all.as_array().unwrap().iter().filter(|one| one["state"] == state && one["role"] == "worker");
+        all.map(|one| one["instance"].as_str().unwrap().to_owned()).collect()
+    }
+}
+
+fn ran(output: Output) -> Ran {
+    Ran {
+        code: output.status.code().expect("it ends by itself"),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[test]
+fn every_verb_does_its_work() {
+    let node = Node::new();
+    node.ok(&["tenant", "create", "acme", "--net-id", "7", "--subnet", "10.240.7.0/24", "--max-running", "5"]);
+    node.ok(&["tenant", "update", "acme", "--max-running", "6", "--max-vcpus", "40"]);
+    node.ok(&["tenant", "update", "acme", "--unlimited", "max-vcpus"]);
+    let info = node.json(&["tenant", "info", "acme"]);
+    assert_eq!((&info["quotas"]["max_running"], &info["quotas"]["max_vcpus"]), (&Value::from(6), &Value::Null));
+    assert!(node.ok(&["tenant", "list"]).contains("10.240.7.0/24"));
+    node.ok(&["pool", "create", "acme/web", "--role", "worker", "--mem-mib", "128"]);
+    node.ok(&["pool", "update", "acme/web", "--vcpus", "2", "--min-running-seconds", "0", "--min-warm-seconds", "0"]);
+    node.ok(&["pool", "build", "acme/web"]);
+    assert_eq!(node.json(&["pool", "list"]).as_array().unwrap().len(), 1);
+    let made = node.ok(&["instance", "create", "acme/web", "--count", "2"]);
+    let at = made.lines().next().unwrap();
+    for (verb, state) in
+        [("start", "Running"), ("warm", "Warm"), ("resume", "Running"), ("sleep", "Sleeping"), ("wake", "Running"), ("stop", "Stopped")]
+    {
+        node.ok(&["instance", verb, at]);
+        assert_eq!(node.json(&["instance", "info", at])["state"], state);
+    }
+    node.ok(&["instance", "destroy", "--yes", at]);
+    node.ok(&["pool", "scale", "acme/web", "--running", "3", "--sleeping", "1"]);
+    let pool = node.json(&["pool", "info", "acme/web"]);
+    assert!(pool.to_string().contains("3/3") && pool.to_string().contains("1/1"), "{pool}");
+    for args in [
+        &["status"][..],
+        &["status", "acme"],
+        &["status", "acme/web"],
+        &["instance", "list", "acme"],
+        &["instance", "stats"],
+        &["tenant", "list"],
+        &["tenant", "secrets", "list", "acme"],
+        &["pool", "list"],
+        &["node", "info"],
+        &["node", "stats"],
+        &["net", "verify"],
+        &["events"],
+        &["events", "acme", "--tail", "2"],
+    ] {
+        assert!(!node.ok(args).is_empty(), "{args:?}");
+        node.ok(&[args, &["-o", "wide"]].concat());
+        node.json(args);
+    }
+    node.ok(&["events", "verify"]);
+    node.ok(&["pool", "destroy", "--yes", "acme/web"]);
+    node.ok(&["tenant", "destroy", "--force", "acme"]);
+    assert_eq!(node.json(&["tenant", "list"]), Value::Array(Vec::new()));
+    // Of a tenant that is gone the record stays, and its network id is not given again.
+    assert!(node.ok(&["events", "acme"]).contains("destroy tenant"));
+    node.fails(2, &["tenant", "create", "acme", "--net-id", "7", "--subnet", "10.240.7.0/24"], &["never given again"]);
+}
+
+#[test]
+fn plans_are_shown_carried_out_and_then_empty() {
+    let node = Node::new();
+    let file = node.file("fleet.toml", FLEET);
+    assert!(!node.path("state").exists());
+    let plan = node.ok(&["plan", "-f", &file]);
+    insta::assert_snapshot!("plan", plan);
+    assert!(!node.path("state").exists(), "a plan writes nothing");
+    assert_eq!(node.run(&["plan", "-f", &file, "--detailed-exitcode"]).code, 10);
+    assert!(node.json(&["plan", "-f", &file])["steps"].as_array().unwrap().len() > 5);
+    assert_eq!(node.json(&["apply", "-f", &file])["result"], "ready");
+    assert_eq!(node.run(&["plan", "-f", &file, "--detailed-exitcode"]).code, 0);
+    let desired = node.ok(&["agent", "desired"]);
+    assert_eq!(node.run_with(&["plan", "-f", "-", "--detailed-exitcode"], desired.as_bytes()).code, 0);
+    let desired = node.ok(&["agent", "desired", "--format", "json"]);
+    assert_eq!(node.run_with(&["plan", "-f", "-", "--detailed-exitcode"], desired.as_bytes()).code, 0);
+    assert_eq!(node.ok(&["agent", "reconcile", "--desired", &file]), "Nothing to do: everything is as declared.\n");
+    node.json(&["agent", "reconcile", "--desired", &file]);
+    // What is beyond the quota waits, and says why.
+    let wider = node.file("wider.toml", FLEET.replace("running = 2,", "running = 9,"));
+    let ran = node.run(&["apply", "-f", &wider]);
+    assert_eq!(ran.code, 6, "{}", ran.err);
+    assert!(ran.err.contains("max_running"), "{}", ran.err);
+    assert_eq!(node.addresses("Running").len(), 7, "as many as there is room for stay");
+    node.ok(&["apply", "-f", &file]);
+    assert_eq!(node.addresses("Running").len(), 2);
+}
+
+#[test]
+fn tables_are_as_they_were() {
+    let node = Node::with_fleet();
+    let mask = |text: String| {
+        let text = text.lines().map(|line| {
+            line.split_whitespace()
+                .map(|word| {
+                    let (head, id) = word.rsplit_once("/i-").unwrap_or((word, ""));
+                    let number =
+                        word.strip_suffix('s').is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()));
+                    if !id.is_empty() {
+                        format!("{head}/i-________")
+                    } else if number {
+                        "_s".to_owned()
+                    } else {
+                        word.to_owned()
+                    }
+                })
+                .collect::<Vec<_>>()
+                .join("  ")
+        });
+        text.collect::<Vec<_>>().join("\n")
+    };
+    insta::assert_snapshot!("status", mask(node.ok(&["status"])));
+    insta::assert_snapshot!("tenant_list", node.ok(&["tenant", "list"]));
+    insta::assert_snapshot!("net_verify", node.ok(&["net", "verify"]));
+}
+
+#[test]
+fn bad_ids_and_addresses_are_refused_wherever_they_are_taken() {
+    let node = Node::with_fleet();
+    let long = "x".repeat(10_000);
+    for bad in [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/../b",
+        "/etc",
+        "a b",
+        "a;reboot",
+        "$(reboot)",
+        "`reboot`",
+        "-rf",
+        "größe",
+        "日本",
+        "A",
+        "a\n",
+        "0a",
+        &long,
+    ] {
+        let commands: [Vec<&str>; 5] = [
+            vec!["tenant", "create", "--net-id", "9", "--subnet", "10.240.9.0/24", "--", bad],
+            vec!["tenant", "info", "--", bad],
+            vec!["pool", "create", "--", bad],
+            vec!["status", "--", bad],
+            vec!["instance", "info", "--", bad],
+        ];
+        for args in commands {
+            let ran = node.run(&args);
+            // An address of another level is well-formed where any level is.
+            assert_eq!(ran.code, 2, "{args:?}: {}{}", ran.out, ran.err);
+            assert!(!ran.err.is_empty() && ran.err.len() < 2000 && ran.out.is_empty(), "{args:?}: {}", ran.err);
+        }
+        for prefix in ["acme/", "acme/web/"] {
+            let address = format!("{prefix}{bad}");
+            if address == "acme/web/" {
+                continue;
+            }
+            let ran = node.run(&["instance", "info", "--", &address]);
+            assert!([2, 3].contains(&ran.code), "{address:?}: {} {}{}", ran.code, ran.out, ran.err);
+            assert!(ran.err.len() < 2000, "{address:.50}: {} bytes", ran.err.len());
+        }
+        node.fails(2, &["tenant", "secrets", "set", "acme", "--", &format!("{bad}/")], &[]);
+    }
+    // Not UTF-8.
+    let raw = std::ffi::OsStr::from_bytes(b"acme/\xff/i-1");
+    let output = node.command(&["instance", "info"]).arg(raw).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(fs::read_dir(node.path("state/tenants")).unwrap().count(), 1);
+}
+
+#[test]
+fn wrong_input_names_what_would_be_right() {
+    let node = Node::with_fleet();
+    node.fails(2, &["pool", "create", "acme/x", "--role", "wroker"], &["gateway", "builder", "worker", "capability-imessage"]);
+    node.fails(2, &["tenant", "create", "x", "--net-id", "4096", "--subnet", "10.240.9.0/24"], &["0 to 4095"]);
+    node.fails(2, &["tenant", "create", "x", "--net-id", "-1", "--subnet", "10.240.9.0/24"], &[]);
+    node.fails(2, &["tenant", "create", "x", "--net-id", "9", "--subnet", "10.240.7.128/25"], &["overlaps", "acme"]);
+    node.fails(2, &["tenant", "create", "x", "--net-id", "7", "--subnet", "10.240.9.0/24"], &["acme"]);
+    node.fails(2, &["tenant", "create", "x", "--net-id", "9", "--subnet", "192.168.0.0/24"], &["10.240.0.0/12"]);
+    node.fails(2, &["tenant", "create", "x", "--net-id", "9", "--subnet", "10.240.9.1/24"], &[]);
+    node.fails(4, &["tenant", "create", "acme", "--net-id", "9", "--subnet", "10.240.9.0/24"], &["already"]);
+    node.fails(2, &["tenant", "update", "acme", "--unlimited", "max_cats"], &["max_vcpus"]);
+    node.fails(2, &["pool", "update", "acme/web", "--mem-mib", "1"], &["mem_mib", "64"]);
+    node.fails(2, &["pool", "update", "acme/web", "--running", "99999999999"], &[]);
+    node.fails(3, &["status", "acne"], &["acme"]);
+    node.fails(3, &["pool", "info", "acme/wep"], &["acme/web"]);
+    node.fails(3, &["instance", "info", "acme/web/i-00000000"], &["acme/web/i-"]);
+    node.fails(3, &["events", "nobody"], &["acme"]);
+    node.fails(2, &["aply", "-f", "x"], &["apply"]);
+    node.fails(2, &["apply"], &["--file"]);
+    node.fails(2, &["apply", "-f", "x", "--timeout", "soon"], &["90s"]);
+    node.fails(2, &["--vmm", "xen", "status"], &["qemu", "simulated"]);
+    node.fails(4, &["--vmm", "qemu", "status"], &["simulated"]);
+    node.fails(2, &["tenant", "secrets", "set", "acme", "token", "--from-file", "/dev/null"], &["empty"]);
+    node.fails(3, &["tenant", "secrets", "rotate", "acme", "token", "--from-file", "/etc/hostname"], &["token", "acme"]);
+}
+
+#[test]
+fn documents_that_are_wrong_name_the_place_and_change_nothing() {
+    let node = Node::with_fleet();
+    let before = node.json(&["instance", "list"]).as_array().unwrap().len();
+    let wrong: [(&str, &str, &[&str]); 14] = [
+        ("role = \"gateway\"", "role = \"gatevay\"", &["tenants[0].pools[0].role", "gateway", "capability-imessage"]),
+        ("desired_counts = { running = 1 }", "desired_count = { running = 1 }", &["desired_count", "desired_counts"]),
+        ("pool_id = \"web\"", "pool_id = \"gw\"", &["pools[1]", "gw"]),
+        ("pool_id = \"web\"", "pool_id = \"../web\"", &["tenants[0].pools[1].pool_id", "'.'"]),
+        ("pool_id = \"web\"", "pool_id = \"a\\u0000b\"", &["tenants[0].pools[1].pool_id"]),
+        ("pool_id = \"web\"", "pool_id = \"\"", &["tenants[0].pools[1].pool_id"]),
+        ("pool_id = \"web\"", "pool_id = 7", &["tenants[0].pools[1].pool_id"]),
+        ("running = 2,", "running = 99999999999,", &["running"]),
+        ("running = 2,", "running = -1,", &["running"]),
+        ("10.240.7.0/24", "10.240.7.0/33", &["ipv4_subnet"]),
+        ("tenant_net_id = 7", "tenant_net_id = 70000", &["tenant_net_id"]),
+        ("tenant_net_id = 7", "tenant_net_id = 8", &["tenant_net_id"]),
+        ("schema_version = 1", "schema_version = 2", &["schema_version"]),
+        ("pool_id = \"web\"", "pool_id = \"web\"\ndepends_on = [\"web\"]", &["depends_on"]),
+    ];
+    for (from, to, says) in wrong {
+        assert!(FLEET.contains(from), "{from}");
+        let file = node.file("wrong.toml", FLEET.replacen(from, to, 1));
+        for verb in ["apply", "plan"] {
+            node.fails(2, &[verb, "-f", &file], says);
+        }
+    }
+    let long = node.file("wrong.toml", FLEET.replacen("pool_id = \"web\"", &format!("pool_id = \"{}\"", "x".repeat(10_000)), 1));
+    node.fails(2, &["apply", "-f", &long], &["tenants[0].pools[1].pool_id"]);
+    for (name, content) in [("x.toml", &b"\xff\xfe"[..]), ("x.json", b"{\"schema_version\": 1"), ("x.json", b"[]"), ("x.toml", b"")] {
+        node.fails(2, &["apply", "-f", &node.file(name, content)], &[name]);
+    }
+    node.fails(2, &["apply", "-f", "/no/such/file"], &["/no/such/file"]);
+    node.fails(2, &["apply", "-f", "/"], &["directory"]);
+    let other = node.file("other.toml", FLEET.replacen("schema_version = 1", "schema_version = 1\nnode_id = \"elsewhere\"", 1));
+    node.fails(4, &["apply", "-f", &other], &["elsewhere"]);
+    assert_eq!(node.json(&["instance", "list"]).as_array().unwrap().len(), before);
+    assert_eq!(node.run(&["plan", "-f", &node.file("fleet.toml", FLEET), "--detailed-exitcode"]).code, 0);
+    // Generations only go on.
+    let with = |generation: u32, running: u32| {
+        let text = FLEET.replacen("schema_version = 1", &format!("schema_version = 1\ngeneration = {generation}"), 1);
+        node.file("generation.toml", text.replacen("running = 2,", &format!("running = {running},"), 1))
+    };
+    node.ok(&["apply", "-f", &with(5, 2)]);
+    node.ok(&["apply", "-f", &with(5, 2)]);
+    node.fails(4, &["apply", "-f", &with(5, 3)], &["5"]);
+    node.fails(4, &["apply", "-f", &with(4, 2)], &["4", "5"]);
+    node.ok(&["apply", "-f", &with(6, 3)]);
+}
+
+#[test]
+fn an_address_may_be_short_and_must_be_clear() {
+    let node = Node::with_fleet();
+    let all = node.json(&["instance", "list", "acme/web"]);
+    let all: Vec<&str> = all.as_array().unwrap().iter().map(|one| one["instance"].as_str().unwrap()).collect();
+    let whole = all[0].rsplit_once("/i-").unwrap().1;
+    let mut short = 1;
+    while all.iter().filter(|other| other.rsplit_once("/i-").unwrap().1.starts_with(&whole[..short])).count() > 1 {
+        short += 1;
+    }
+    for address in [format!("acme/web/{}", &whole[..short]), format!("acme/web/i-{}", &whole[..short])] {
+        assert_eq!(node.json(&["instance", "info", &address])["instance"], all[0]);
+    }
+    node.fails(2, &["instance", "stop", "acme/web/i-"], &["can mean", whole, "write more"]);
+}
+
+#[test]
+fn states_that_do_not_fit_are_refused_with_what_does() {
+    let node = Node::with_fleet();
+    let running = &node.addresses("Running")[0];
+    let sleeping = &node.addresses("Sleeping")[0];
+    node.fails(4, &["instance", "wake", running], &["Running", "Sleeping", "sleep"]);
+    node.fails(4, &["instance", "sleep", sleeping], &["Sleeping", "wake"]);
+    node.fails(4, &["exec", sleeping, "--", "true"], &["mvm instance wake"]);
+    node.fails(4, &["cp", "/etc/hostname", &format!("{sleeping}:/x")], &["mvm instance wake"]);
+    node.fails(2, &["cp", "/etc/hostname", "/tmp/x"], &["TENANT/POOL/INSTANCE:PATH"]);
+    node.fails(2, &["cp", &format!("{running}:/a"), &format!("{running}:/b")], &["both"]);
+    node.fails(3, &["cp", "/no/such/file", &format!("{running}:/x")], &["/no/such/file"]);
+    node.fails(4, &["run", "--", "true"], &["simulated"]);
+    node.fails(4, &["exec", running, "--", "true"], &["simulated"]);
+    node.fails(2, &["exec", running], &["CMD"]);
+}
+
+#[test]
+fn what_destroys_asks_and_without_a_terminal_wants_to_be_told() {
+    let node = Node::with_fleet();
+    let running = node.addresses("Running")[0].clone();
+    for args in [&["instance", "destroy", &running][..], &["pool", "destroy", "acme/web"], &["tenant", "destroy", "acme"]] {
+        node.fails(4, args, &["--yes", "Destroy"]);
+        assert_eq!(node.run_with(args, b"y\n").code, 4, "a pipe is no terminal");
+    }
+    assert_eq!(node.json(&["instance", "list"]).as_array().unwrap().len(), 5);
+    for args in
+        [&["instance", "destroy", "--yes", &running][..], &["pool", "destroy", "--yes", "acme/web"], &["tenant", "destroy", "-y", "acme"]]
+    {
+        node.ok(args);
+    }
+    assert_eq!(node.json(&["instance", "list"]), Value::Array(Vec::new()));
+}
+
+#[test]
+fn a_torn_document_is_put_aside_and_named_and_the_others_go_on() {
+    let node = Node::with_fleet();
+    let torn = node.addresses("Running")[0].clone();
+    let id = torn.rsplit('/').next().unwrap();
+    let document = node.path("state/tenants/acme/pools/web/instances").join(id).join("instance.json");
+    let content = fs::read(&document).unwrap();
+    fs::write(&document, &content[..content.len() / 2]).unwrap();
+    let ran = node.run(&["status"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.err.contains(id) && ran.err.contains("warning"), "{}", ran.err);
+    assert!(!ran.out.contains(id));
+    assert!(!document.exists());
+    let aside: Vec<_> =
+        fs::read_dir(document.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(aside.iter().any(|name| name.contains("quarantined")), "{aside:?}");
+    // The others go on, and one is made in its place.
+    node.ok(&["apply", "-f", &node.file("fleet.toml", FLEET)]);
+    assert_eq!(node.addresses("Running").len(), 2);
+}
+
+#[test]
+fn a_record_that_was_changed_is_found() {
+    let node = Node::with_fleet();
+    node.ok(&["events", "verify"]);
+    let log = node.path("state/audit/acme.log");
+    let whole = fs::read_to_string(&log).unwrap();
+    let lines: Vec<&str> = whole.lines().collect();
+    let changed: Vec<String> = lines
+        .iter()
+        .enumerate()
+        .map(|(n, line)| if n == 3 { line.replacen("tester", "somebody", 1) } else { (*line).to_owned() })
+        .collect();
+    let without: Vec<String> = lines.iter().enumerate().filter(|(n, _)| *n != 3).map(|(_, line)| (*line).to_owned()).collect();
+    for text in [changed, without] {
+        fs::write(&log, text.join("\n") + "\n").unwrap();
+        let ran = node.run(&["events", "verify"]);
+        assert_eq!(ran.code, 1, "{}{}", ran.out, ran.err);
+        assert!(ran.err.contains("acme") && ran.err.contains('4'), "{}", ran.err);
+    }
+    fs::write(&log, whole).unwrap();
+    node.ok(&["events", "verify"]);
+}
+
+#[test]
+fn secrets_are_never_shown() {
+    let node = Node::with_fleet();
+    let set = node.run_with(&["tenant", "secrets", "set", "acme", "api-token"], b"hunter2hunter2");
+    assert_eq!((set.code, set.out.as_str()), (0, ""), "{}", set.err);
+    let rotated = node.run_with(&["tenant", "secrets", "rotate", "acme", "api-token"], b"hunter3hunter3");
+    assert_eq!(rotated.code, 0, "{}", rotated.err);
+    let list = node.json(&["tenant", "secrets", "list", "acme"]);
+    assert_eq!((&list[0]["name"], &list[0]["epoch"]), (&Value::from("api-token"), &Value::from(2)));
+    let mut dirs = vec![node.path("state"), node.path("run")];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+            if entry.file_type().unwrap().is_dir() {
+                dirs.push(entry.path());
+            } else {
+                let content = String::from_utf8_lossy(&fs::read(entry.path()).unwrap()).into_owned();
+                assert!(!content.contains("hunter"), "{}", entry.path().display());
+            }
+        }
+    }
+    let big = vec![b'x'; 10 << 20];
+    assert_eq!(node.run_with(&["tenant", "secrets", "set", "acme", "big"], &big).code, 2);
+}
+
+#[test]
+fn a_rehearsal_can_fail_by_script() {
+    let node = Node::new();
+    let script = node.file("script.toml", "[[rules]]\nstep = \"boot\"\nfail = \"no luck\"\ntimes = 1\n");
+    let ran = node.run(&["--simulation", &script, "apply", "-f", &node.file("fleet.toml", FLEET), "--timeout", "20s"]);
+    assert!([0, 6].contains(&ran.code), "{}", ran.err);
+    node.fails(2, &["--simulation", "/no/such/script", "status"], &["/no/such/script"]);
+}
+
+#[test]
+fn completions_cover_the_commands() {
+    let node = Node::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = node.ok(&["completions", shell]);
+        assert!(script.contains("mvm") && script.contains("reconcile") && script.contains("secrets"), "{shell}");
+    }
+    node.fails(2, &["completions", "cobol"], &["bash"]);
+}
+
+/// The generated documents are those of this build; `cargo xtask docs` writes them.
+#[test]
+fn the_generated_documents_are_current() {
+    let node = Node::new();
+    let documents = [("reference", "docs/cli.md"), ("schema", "docs/desired-state.schema.json")];
+    for (command, path) in documents {
+        let committed = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/").to_owned() + path).unwrap_or_default();
+        assert!(node.ok(&[command]) == committed, "{path} is not what `mvm {command}` writes: run `cargo xtask docs`");
+    }
+}
+
+#[test]
+fn help_is_there_and_says_the_version() {
+    let node = Node::new();
+    assert!(node.ok(&["--help"]).contains("Exit codes"));
+    assert_eq!(node.ok(&["--version"]), format!("mvm {}\n", env!("CARGO_PKG_VERSION")));
+    assert!(node.run(&[]).code == 2);
+    for (args, words) in [(&["exec", "--help"][..], "Examples"), (&["tenant", "secrets", "set", "--help"], "standard input")] {
+        assert!(node.ok(args).contains(words), "{args:?}");
+    }
+}
