@@ -124,11 +124,12 @@ fn reach(globals: &Globals, selector: &InstanceSelector, what: &str) -> Result<R
 fn running(node: &Node, at: &InstanceAddress, what: &str) -> Result<PathBuf, CliError> {
     let refused =
         |state: StateName, remedy: &str| Err(CliError::new(Exit::Refused, format!("cannot {what} {at}: it is {state}; {remedy}")));
-    match node.instance(at)?.state {
-        InstanceState::Running { vm, .. } if node.vmm().liveness(&vm) == Liveness::Gone => {
-            let why = format!("cannot {what} {at}: its virtual machine died; `mvm apply` or `mvm instance start {at}` boots it again");
-            Err(CliError::new(Exit::Refused, why))
-        }
+    let state = node.instance(at)?.state;
+    if state.vm().is_some_and(|vm| node.vmm().liveness(vm) == Liveness::Gone) {
+        let why = format!("cannot {what} {at}: its virtual machine died; `mvm apply` or `mvm instance start {at}` boots it again");
+        return Err(CliError::new(Exit::Refused, why));
+    }
+    match state {
         InstanceState::Running { vm, .. } => Ok(vm.run_dir),
         InstanceState::Warm { .. } => refused(StateName::Warm, &format!("`mvm instance resume {at}` lets it run")),
         InstanceState::Sleeping { .. } => refused(StateName::Sleeping, &format!("`mvm instance wake {at}` lets it run")),
