@@ -146,7 +146,13 @@ fn begin(reached: &Reached, action: &str) -> Result<(), CliError> {
 /// Records it once more when it failed. It is done, so that a record that cannot be written changes nothing about how it ended.
 fn end<T>(reached: &Reached, action: &str, result: Result<T, CliError>) -> Result<T, CliError> {
     let Err(error) = &result else { return result };
-    let entry = Entry { object: reached.at.to_string(), action: action.to_owned(), error: Some(error.text.clone()), took: reached.begun.elapsed(), ..Entry::default() };
+    let entry = Entry {
+        object: reached.at.to_string(),
+        action: action.to_owned(),
+        error: Some(error.text.clone()),
+        took: reached.begun.elapsed(),
+        ..Entry::default()
+    };
     if let Err(error) = reached.opened.node.audit().record(&reached.at.tenant, entry) {
         eprintln!("mvm: warning: that it failed cannot be recorded: {}", with_causes(&error));
     }

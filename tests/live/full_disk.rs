@@ -75,6 +75,10 @@ fn a_full_disk_tears_nothing_and_the_next_apply_goes_on() {
         rig.ok(&["instance", "wake", &at]);
         rig.sh(&at, "cat /tmp/mark");
 
+        // Memory of a woken guest is mapped from its snapshot, and a tmpfs allocates what is only read: afresh, for what comes now.
+        rig.ok(&["instance", "stop", &at]);
+        rig.ok(&["instance", "start", &at]);
+
         // A data disk for which there is no room: the guest sees an error, or goes on when there is room again.
         fill(&state, 0);
         let ran = rig.ran(&["exec", &at, "--", "sh", "-c", "timeout 10 dd if=/dev/urandom of=/data/big bs=1M count=8 conv=fsync"]);

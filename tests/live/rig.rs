@@ -242,6 +242,26 @@ impl Rig {
         }
     }
 
+    /// Writes down how things are when a test fails.
+    fn tell(&self) {
+        for args in [&["status"][..], &["events", "--tail", "30"]] {
+            let output = self.mvm(args).output().unwrap();
+            eprintln!("mvm {args:?}\n{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        }
+        let mut dirs = vec![self.state().join("tenants")];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok) {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    dirs.push(entry.path());
+                } else if entry.path().extension().is_some_and(|extension| extension == "log") {
+                    let text = fs::read(entry.path()).unwrap_or_default();
+                    let tail = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
+                    eprintln!("{}\n{tail}", entry.path().display());
+                }
+            }
+        }
+    }
+
     /// Takes everything away and asserts that nothing of any instance is left on the host.
     #[track_caller]
     pub fn prune(&self) {
@@ -294,6 +314,9 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.tell();
+        }
         for pid in self.machines() {
             signal(pid, Signal::KILL);
         }

@@ -30,4 +30,5 @@ pub mod setup;
 pub mod system;
 pub mod transfer;
 pub mod users;
+pub mod wiping;
 pub mod workload;

@@ -10,6 +10,9 @@ use mvm_guest_agent::setup::{Occasion, set_up};
 use mvm_guest_agent::{boot, network, port, power, session};
 use mvm_guest_api::{BUSY_DIR, CONFIG_DIR, CONFIG_FILE, HOOKS_DIR};
 
+#[global_allocator]
+static MEMORY: mvm_guest_agent::wiping::Wiping = mvm_guest_agent::wiping::Wiping;
+
 const USAGE: &str = "usage: mvm-guest-agent serve [--listen SOCKET]... [--config FILE] [--hooks DIR] [--busy DIR]
   Serves mvm inside a guest. Without --listen it mounts mvm's drives, sets up the network, and serves the virtio-serial
   ports mvm.agent.N; with --listen it serves these unix sockets and leaves the system as it is.";

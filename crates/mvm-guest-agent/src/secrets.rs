@@ -30,6 +30,7 @@ pub fn mount(device: &Device) -> Result<Mounted, String> {
     rustix::mount::mount("mvm-secrets", SECRETS_DIR, "tmpfs", flags, Some(c"mode=0755,size=64m"))
         .map_err(|error| format!("{SECRETS_DIR}: {error}"))?;
     let filled = fill(&device.path, Path::new(SECRETS_DIR));
+    crate::wiping::wipe_stack();
     let outcome = filled.and_then(|()| {
         rustix::mount::mount_remount(SECRETS_DIR, flags | MountFlags::RDONLY, "").map_err(|error| format!("{SECRETS_DIR}: {error}"))
     });

@@ -116,7 +116,8 @@ pub(super) fn render(line: &CommandLine<'_>) -> Vec<String> {
             "-blockdev",
             format!("driver=raw,node-name={name},file.driver=file,file.filename=/dev/fdset/{set},file.locking=off,{access}"),
         );
-        args.option("-device", format!("virtio-blk-device,id=drive-{name},drive={name}"));
+        // QEMU's own choice for a full disk is to pause the machine, and nobody would let it go on: the guest is told instead.
+        args.option("-device", format!("virtio-blk-device,id=drive-{name},drive={name},werror=report"));
     }
     if let Some(nic) = line.nic {
         let [a, b, c, d, e, f] = nic.mac;
