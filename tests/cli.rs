@@ -421,8 +421,14 @@ fn a_torn_document_is_put_aside_and_named_and_the_others_go_on() {
     let aside: Vec<_> =
         fs::read_dir(document.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     assert!(aside.iter().any(|name| name.contains("quarantined")), "{aside:?}");
-    // The others go on, and one is made in its place.
-    node.ok(&["apply", "-f", &node.file("fleet.toml", FLEET)]);
+    // The others go on, and none is made in its place: its address may still be in use.
+    let fleet = node.file("fleet.toml", FLEET);
+    let ran = node.run(&["apply", "-f", &fleet]);
+    assert_eq!(ran.code, 6, "{}", ran.err);
+    assert!(ran.err.contains(id) && ran.err.contains("put back"), "{}", ran.err);
+    assert_eq!(node.addresses("Running").len(), 1);
+    fs::write(&document, &content).unwrap();
+    node.ok(&["apply", "-f", &fleet]);
     assert_eq!(node.addresses("Running").len(), 2);
 }
 
