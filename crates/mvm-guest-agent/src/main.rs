@@ -122,7 +122,7 @@ fn prepare_run(agent: &Agent) {
 }
 
 fn serve_ports(agent: &Arc<Agent>, service: &Service) -> Result<(), String> {
-    let devices = port::devices();
+    let devices = port::wait_for_devices();
     if devices.is_empty() && !Path::new("/dev/vsock").exists() {
         return Err("there is neither a virtio-serial port named mvm.agent.0 nor vsock; the VMM must provide one".into());
     }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
 
 use mvm_guest_api::{PORT_COUNT, PORT_NAME_PREFIX};
 use rustix::event::{Timespec, epoll};
@@ -116,6 +117,23 @@ impl AsyncWrite for PortStream {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+/// Waits for the agent's ports, whose names come some time after the driver was loaded, and returns their devices.
+///
+/// A guest that is reached through vsock has none, and is not kept waiting.
+pub fn wait_for_devices() -> Vec<(u32, PathBuf)> {
+    const LONGEST: Duration = Duration::from_secs(10);
+    const PAUSE: Duration = Duration::from_millis(2);
+    let deadline = Instant::now() + LONGEST;
+    loop {
+        let found = devices();
+        let all = u32::try_from(found.len()).is_ok_and(|count| count == PORT_COUNT);
+        if all || Path::new("/dev/vsock").exists() || Instant::now() >= deadline {
+            return found;
+        }
+        std::thread::sleep(PAUSE);
     }
 }
 
