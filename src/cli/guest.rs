@@ -126,7 +126,7 @@ fn running(node: &Node, at: &InstanceAddress, what: &str) -> Result<PathBuf, Cli
     let refused =
         |state: StateName, remedy: &str| Err(CliError::new(Exit::Refused, format!("cannot {what} {at}: it is {state}; {remedy}")));
     match node.instance(at)?.state {
-        InstanceState::Running { vm, .. } if node.vmm().liveness(&vm) == Liveness::Gone => {
+        InstanceState::Running { vm, .. } | InstanceState::Warm { vm, .. } if node.vmm().liveness(&vm) == Liveness::Gone => {
             let why = format!("cannot {what} {at}: its virtual machine died; `mvm apply` or `mvm instance start {at}` boots it again");
             Err(CliError::new(Exit::Refused, why))
         }

@@ -11,6 +11,7 @@ use super::guest::run_in;
 use super::open::{Globals, Intent, VmmChoice, open};
 use super::progress::{ProgressLines, interrupted};
 use crate::guest::{ExecRequest, GuestClient, Purpose};
+use crate::vm::throwaway::Waited;
 
 /// Arguments of `mvm run`.
 #[derive(Debug, Args)]
@@ -44,17 +45,26 @@ pub fn run(globals: &Globals, args: RunArgs) -> CliResult {
     let opened = open(globals, Intent::Change)?;
     let lines = ProgressLines::new();
     let bar = lines.spin("throw-away microVM");
-    let machine = opened.node.throwaway(args.vcpus, args.mem, &|text| {
+    let say = |text: &str| {
         if let Some(bar) = &bar {
             bar.set_message(format!("throw-away microVM: {text}"));
         }
-    })?;
+    };
+    // Before there is a machine, an interrupt ends this process like any other.
+    let image = opened.node.throwaway_image(&say)?;
+    let stop = interrupted()?;
+    let given_up = || stop.load(Ordering::SeqCst);
+    say("boot");
+    let machine = opened.node.throwaway(&image, args.vcpus, args.mem)?;
+    let waited = machine.wait_ready(&given_up)?;
     if let Some(bar) = bar {
         bar.finish_and_clear();
     }
+    if waited == Waited::GivenUp {
+        return Err(CliError::new(Exit::Interrupted, "interrupted"));
+    }
     let run_dir = machine.vm().run_dir.clone();
     // The command runs on another thread, so that an interrupt can end the machine under it.
-    let stop = interrupted()?;
     let (interactive, tty) = (args.interactive, args.tty);
     let request = ExecRequest { argv: args.command.into_iter().map(OsStringExt::into_vec).collect(), ..ExecRequest::default() };
     let running = std::thread::spawn(move || {
@@ -62,7 +72,7 @@ pub fn run(globals: &Globals, args: RunArgs) -> CliResult {
         run_in(&mut client, request, interactive, tty)
     });
     while !running.is_finished() {
-        if stop.load(Ordering::SeqCst) {
+        if given_up() {
             return Err(CliError::new(Exit::Interrupted, "interrupted"));
         }
         std::thread::sleep(Duration::from_millis(2));

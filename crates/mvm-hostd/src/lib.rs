@@ -13,6 +13,7 @@
 //! | [`dir`] | directory handles below which no symbolic link is followed |
 //! | [`drive`] | data disks on disk, config and secrets drives in memory |
 //! | [`seal`] | secrets at rest |
+//! | [`scratch`] | a directory that vanishes with the processes that use it |
 //! | [`facts`] | what this host can do |
 
 pub mod dir;
@@ -21,6 +22,7 @@ pub mod error;
 pub mod facts;
 pub mod netlink;
 pub mod nft;
+pub mod scratch;
 pub mod seal;
 pub mod sysctl;
 pub mod tap;

@@ -21,7 +21,7 @@ use super::qmp::{Command, QmpClient, QmpError, RunState};
 use super::spawn::{Inherited, Launch, launch};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::{
-    Acceleration, Drive, Lifetime, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp,
 };
 
 /// How long QEMU may take to its greeting, or to an answer. It starts in some 40 ms; a busy host with hundreds of guests in
@@ -30,6 +30,10 @@ const QMP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a bare kernel may take to boot with KVM; real virtualisation needs below one second.
 const KVM_PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a console's log or QEMU's own may hold, in bytes, or as much as the instance's largest drive where that is more: the limit is
+/// one of the process. A pass trims them long before.
+const MAX_LOG: u64 = 32 << 20;
 
 /// Which acceleration to use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -157,6 +161,7 @@ impl Qemu {
             device_group: None,
             log: append_to(&vmm_log).map_err(failed)?,
             lifetime: Lifetime::WithCaller,
+            largest_file: MAX_LOG,
         };
         let mut child = launch(self.binary()?, launched).map_err(failed)?;
         let status = match ProcessIdentity::of(pid_of(&child)) {
@@ -201,6 +206,12 @@ impl Qemu {
         let ram = RamArg { fd: inherit.hand(ram), mapping };
         let sockets = listen_all(&spec.run_dir, &mut inherit)?;
         let console = inherit.hand(open_log(&spec.console_log)?);
+        let mut largest_file = MAX_LOG;
+        for drive in spec.drives.iter().filter(|drive| drive.access == DriveAccess::ReadWrite) {
+            let length = rustix::fs::fstat(&drive.file)
+                .map_err(|error| VmmError::Io { what: format!("cannot tell the size of drive {}", drive.name), source: error.into() })?;
+            largest_file = largest_file.max(u64::try_from(length.st_size).unwrap_or(0));
+        }
         let drives: Vec<(&str, RawFd, _)> =
             spec.drives.into_iter().map(|Drive { name, file, access }| (name, inherit.hand(file), access)).collect();
         let drives: Vec<DriveArg<'_>> = drives.into_iter().map(|(name, fd, access)| DriveArg { name, fd, access }).collect();
@@ -236,7 +247,7 @@ impl Qemu {
         };
         let log = open_log(&spec.vmm_log)?;
         let binary = self.binary()?;
-        let child = launch(binary, Launch { args, inherit, uid: spec.uid, device_group, log, lifetime: spec.lifetime })
+        let child = launch(binary, Launch { args, inherit, uid: spec.uid, device_group, log, lifetime: spec.lifetime, largest_file })
             .map_err(|source| VmmError::Io { what: format!("cannot start {}", binary.display()), source })?;
         let identity = ProcessIdentity::of(pid_of(&child));
         self.children.add(child);

@@ -29,6 +29,9 @@ pub(super) struct Launch {
     pub log: File,
     /// Whether it outlives the thread that starts it.
     pub lifetime: Lifetime,
+    /// How far it may write into any file, in bytes: a guest that talks without end does not fill the host's disk with its
+    /// console. Writing beyond fails, and nothing else happens.
+    pub largest_file: u64,
 }
 
 /// Descriptors that a child keeps under their numbers.
@@ -60,12 +63,16 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     let fds: Vec<RawFd> = launch.inherit.iter().map(|fd| fd.as_raw_fd()).collect();
     let identity = launch.uid.map(|id| (Uid::from_raw(id), Gid::from_raw(id)));
     let groups: Vec<Gid> = launch.device_group.into_iter().map(Gid::from_raw).collect();
-    let lifetime = launch.lifetime;
+    let (lifetime, largest_file) = (launch.lifetime, launch.largest_file);
     let parent = getpid();
     let prepare = move || {
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
-        for (resource, value) in LIMITS {
+        // SAFETY: a system call without pointers into this program; the handler is the kernel's own.
+        if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
+        for (resource, value) in LIMITS.into_iter().chain([(Resource::Fsize, largest_file)]) {
             setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
         }
         if let Some((uid, gid)) = identity {
@@ -94,4 +101,27 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     let child = command.spawn()?;
     drop(launch.inherit);
     Ok(child)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_writes_without_end_is_told_that_there_is_no_more_room() {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let largest_file = 100_000;
+        let launched = Launch {
+            args: Vec::new(),
+            inherit: Inherited::default(),
+            uid: None,
+            device_group: None,
+            log: log.reopen().unwrap(),
+            lifetime: Lifetime::WithCaller,
+            largest_file,
+        };
+        let ended = launch(Path::new("/usr/bin/yes"), launched).unwrap().wait().unwrap();
+        assert_eq!(ended.code(), Some(1), "an error of its own, not the signal: {ended}");
+        assert_eq!(log.as_file().metadata().unwrap().len(), largest_file);
+    }
 }
