@@ -14,13 +14,14 @@ use crate::infra::clock::Moment;
 use crate::infra::display::{InstanceRow, OutputFormat, PoolRow, table, to_json, write_out};
 use crate::vm::instance::{InstanceState, StateName, StopReason};
 use crate::vm::node::Node;
+use crate::vm::pool::role::role_priority;
 use crate::vmm::Liveness;
 
 /// Arguments of `mvm status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// Only this tenant or pool
-    #[arg(value_name = "TENANT[/POOL]")]
+    /// Only this tenant, pool or instance
+    #[arg(value_name = "TENANT[/POOL[/INSTANCE]]")]
     address: Option<Address>,
 }
 
@@ -47,9 +48,12 @@ pub fn status(globals: &Globals, args: &StatusArgs) -> CliResult {
     match &args.address {
         Some(Address::Tenant(id)) => drop(node.tenant(id)?),
         Some(Address::Pool(address)) => drop(node.pool(address)?),
-        Some(Address::Instance(selector)) => drop(resolve(node, selector)?),
-        None => {}
+        Some(Address::Instance(_)) | None => {}
     }
+    let only = match &args.address {
+        Some(Address::Instance(selector)) => Some(resolve(node, selector)?),
+        _ => None,
+    };
     let now = node.clock().now();
     let pools: Vec<&ObservedPool> =
         pools(&observed).filter(|pool| shown(pool.doc.tenant_id.as_str(), pool.doc.spec.pool_id.as_str())).collect();
@@ -57,7 +61,12 @@ pub fn status(globals: &Globals, args: &StatusArgs) -> CliResult {
         node: node.id.to_string(),
         vmm: node.vmm().kind().as_str().to_owned(),
         pools: pools.iter().map(|pool| pool_row(pool)).collect(),
-        instances: pools.iter().flat_map(|pool| &pool.instances).map(|one| instance_row(one, &now)).collect(),
+        instances: pools
+            .iter()
+            .flat_map(|pool| &pool.instances)
+            .filter(|one| only.as_ref().is_none_or(|at| one.doc.at() == *at))
+            .map(|one| instance_row(one, &now))
+            .collect(),
         problems: observed.problems.clone(),
     };
     if globals.format() == OutputFormat::Json {
@@ -83,7 +92,7 @@ pub fn status(globals: &Globals, args: &StatusArgs) -> CliResult {
 fn pools(observed: &Observed) -> impl Iterator<Item = &ObservedPool> {
     observed.tenants.values().flat_map(|tenant| {
         let mut pools: Vec<_> = tenant.pools.values().collect();
-        pools.sort_by_key(|pool| (pool.doc.spec.role.priority(), pool.doc.spec.pool_id.clone()));
+        pools.sort_by_key(|pool| (role_priority(pool.doc.spec.role), pool.doc.spec.pool_id.clone()));
         pools
     })
 }

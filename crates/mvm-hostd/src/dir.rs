@@ -16,6 +16,8 @@ use crate::error::{During, HostdError};
 
 /// No symbolic link is followed, no magic link, and nothing leads out of the directory.
 const BELOW: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+/// Symbolic links are followed, and lead nowhere outside the directory.
+const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
 
 /// An open directory, and the path it was opened by, for messages only.
 #[derive(Debug)]
@@ -112,6 +114,29 @@ impl Dir {
         let mut content = Vec::new();
         file.read_to_end(&mut content).during(what)?;
         Ok(Some(content))
+    }
+
+    /// Opens a regular file of somebody else's directory for reading, through links of his that stay inside it; `None` when it is not
+    /// there. Nothing that is no regular file is waited for.
+    ///
+    /// # Errors
+    /// When a link leads out of the directory, or it is no regular file.
+    pub fn open_inside(&self, below: impl AsRef<Path>) -> Result<Option<File>, HostdError> {
+        let what = || format!("cannot open {}", self.path.join(below.as_ref()).display());
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let fd = loop {
+            match rustix::fs::openat2(&self.fd, below.as_ref(), flags, Mode::empty(), INSIDE) {
+                Err(Errno::AGAIN) => {}
+                Err(Errno::NOENT) => return Ok(None),
+                Err(Errno::XDEV) => return Err(HostdError::refused(what(), "a link leads out of the directory")),
+                result => break result.during(what)?,
+            }
+        };
+        let stat = rustix::fs::fstat(&fd).during(what)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(HostdError::refused(what(), "it is no regular file"));
+        }
+        Ok(Some(fd.into()))
     }
 
     /// Replaces a file at once: readers see the old or the new one whole. Not synced: for the run directory.
@@ -229,6 +254,24 @@ mod tests {
         assert!(dir.remove_tree("link").unwrap());
         assert!(dir.remove_tree("file").unwrap());
         assert_eq!(std::fs::read(outside.path().join("precious")).unwrap(), b"x");
+    }
+
+    #[test]
+    fn links_of_somebody_else_are_followed_inside_only() {
+        let top = tempfile::tempdir().unwrap();
+        std::fs::create_dir(top.path().join("inner")).unwrap();
+        std::fs::write(top.path().join("inner/file"), b"x").unwrap();
+        std::os::unix::fs::symlink("inner/file", top.path().join("inside")).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", top.path().join("absolute")).unwrap();
+        std::os::unix::fs::symlink("../../etc/hostname", top.path().join("inner/up")).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, top.path().join("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let dir = Dir::open(top.path()).unwrap();
+        assert!(dir.open_inside("inner/file").unwrap().is_some());
+        assert!(dir.open_inside("inside").unwrap().is_some());
+        assert!(dir.open_inside("absent").unwrap().is_none());
+        for bad in ["absolute", "inner/up", "fifo", "inner", "../x"] {
+            assert!(dir.open_inside(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub enum IdError {
     },
 }
 
-fn parse_label(kind: &'static str, given: &str) -> Result<(), IdError> {
+pub(crate) fn parse_label(kind: &'static str, given: &str) -> Result<(), IdError> {
     if given.is_empty() {
         return Err(IdError::Empty { kind });
     }

@@ -61,7 +61,7 @@ pub fn parse(text: &str, format: Format) -> Result<DesiredState, InvalidDocument
 }
 
 fn one<T>(place: &str, what: String) -> Result<T, InvalidDocument> {
-    Err(InvalidDocument { problems: vec![Problem { place: place.to_owned(), what }] })
+    Err(InvalidDocument { problems: vec![Problem::new(place.to_owned(), what)] })
 }
 
 fn place(path: &serde_path_to_error::Path) -> String {
@@ -87,7 +87,7 @@ fn unknown_fields(value: &Value, schema: &Value, root: &Value, path: &mut String
                 path.extend(name.chars().take(64));
                 match known.get(name) {
                     Some(schema) => unknown_fields(inner, schema, root, path, problems),
-                    None => problems.push(Problem { place: path.clone(), what: unknown(name, known) }),
+                    None => problems.push(Problem::new(path.clone(), unknown(name, known))),
                 }
                 path.truncate(length);
             }
@@ -154,7 +154,11 @@ mod tests {
     #[test]
     fn wrong_values_name_their_place() {
         for (from, to, expected) in [
-            ("\"gateway\"", "\"gatway\"", "tenants[0].pools[0].role: unknown variant `gatway`"),
+            (
+                "\"gateway\"",
+                "\"gatway\"",
+                "tenants[0].pools[0].role: \"gatway\" is not a role; roles are gateway, builder, worker, capability-imessage (did you mean gateway?)",
+            ),
             ("running = 2", "running = -1", "tenants[0].pools[1].desired_counts.running: invalid value: integer `-1`"),
             ("running = 2", "running = 99999999999", "tenants[0].pools[1].desired_counts.running: invalid value"),
             ("running = 2", "running = \"two\"", "tenants[0].pools[1].desired_counts.running: invalid type: string"),

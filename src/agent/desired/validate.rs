@@ -2,15 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mvm_types::PoolId;
+use mvm_types::{PoolId, RoleError};
 
 use super::{DesiredState, DesiredTenant, Problem, SCHEMA_VERSION};
 use crate::vm::pool::{BUILTIN, PoolSpec};
 
+/// The most pools that a tenant can have: what is looked at in pairs stays quick.
+const MAX_POOLS: usize = 4096;
+
 /// Returns everything that makes no sense in a document.
 pub(super) fn validate(desired: &DesiredState) -> Vec<Problem> {
     let mut found = Vec::new();
-    let mut problem = |place: String, what: String| found.push(Problem { place, what });
+    let mut problem = |place: String, what: String| found.push(Problem::new(place, what));
     if desired.schema_version != SCHEMA_VERSION {
         problem("schema_version".into(), format!("this mvm reads version {SCHEMA_VERSION}, not {}", desired.schema_version));
     }
@@ -25,20 +28,30 @@ pub(super) fn validate(desired: &DesiredState) -> Vec<Problem> {
         if let Some(first) = net_ids.insert(net_id, t) {
             problem(format!("{place}.network.tenant_net_id"), format!("{net_id} is given already to tenants[{first}]"));
         }
-        for (other, earlier) in desired.tenants.iter().enumerate().take(t) {
-            let (mine, theirs) = (tenant.network.ipv4_subnet, earlier.network.ipv4_subnet);
-            if mine.overlaps(theirs) {
-                problem(format!("{place}.network.ipv4_subnet"), format!("{mine} overlaps {theirs} of tenants[{other}]"));
-            }
-        }
         validate_tenant(tenant, &place, &mut problem);
     }
+    overlaps(desired, &mut problem);
     found
 }
 
+/// Finds subnets that overlap another one: sorted, each can only overlap the widest of those that begin before it.
+fn overlaps(desired: &DesiredState, problem: &mut impl FnMut(String, String)) {
+    let mut subnets: Vec<_> = desired.tenants.iter().enumerate().map(|(t, tenant)| (tenant.network.ipv4_subnet, t)).collect();
+    subnets.sort_by_key(|(subnet, t)| (subnet.network(), subnet.prefix(), *t));
+    let Some(mut widest) = subnets.first().copied() else { return };
+    for (subnet, t) in subnets.into_iter().skip(1) {
+        if subnet.overlaps(widest.0) {
+            let ((later, at), (earlier, other)) = if t > widest.1 { ((subnet, t), widest) } else { (widest, (subnet, t)) };
+            problem(format!("tenants[{at}].network.ipv4_subnet"), format!("{later} overlaps {earlier} of tenants[{other}]"));
+        } else {
+            widest = (subnet, t);
+        }
+    }
+}
+
 fn validate_tenant(tenant: &DesiredTenant, place: &str, problem: &mut impl FnMut(String, String)) {
-    if let Some(max) = tenant.quotas.max_pools.filter(|max| tenant.pools.len() > *max as usize) {
-        problem(format!("{place}.pools"), format!("{} pools, and quotas.max_pools is {max}", tenant.pools.len()));
+    if tenant.pools.len() > MAX_POOLS {
+        return problem(format!("{place}.pools"), format!("{} pools, and a tenant has at most {MAX_POOLS}", tenant.pools.len()));
     }
     let mut ids = BTreeMap::new();
     for (p, pool) in tenant.pools.iter().enumerate() {
@@ -48,10 +61,6 @@ fn validate_tenant(tenant: &DesiredTenant, place: &str, problem: &mut impl FnMut
         }
         for (what, why) in pool_problems(pool) {
             problem(format!("{place}.{what}"), why);
-        }
-        if let Some(max) = tenant.quotas.max_instances_per_pool.filter(|max| pool.desired_counts.total() > u64::from(*max)) {
-            let total = pool.desired_counts.total();
-            problem(format!("{place}.desired_counts"), format!("{total} instances, and quotas.max_instances_per_pool is {max}"));
         }
         for (d, dependency) in pool.depends_on.iter().enumerate() {
             if !tenant.pools.iter().any(|other| other.pool_id == *dependency) {
@@ -83,6 +92,9 @@ pub fn pool_problems(pool: &PoolSpec) -> Vec<(String, String)> {
     let disk = resources.data_disk_mib;
     if disk != 0 && !(8..=67_108_864).contains(&disk) {
         found.push(("instance_resources.data_disk_mib".into(), format!("{disk} MiB is neither 0 nor between 8 and 67108864")));
+    }
+    if !pool.role.is_built_in() && pool.flake_ref == BUILTIN {
+        found.push(("role".into(), RoleError::unknown(pool.role).to_string()));
     }
     if pool.flake_ref != BUILTIN {
         let shown: String = pool.flake_ref.chars().take(80).collect();

@@ -3,6 +3,8 @@
 mod build;
 mod config;
 mod lifecycle;
+pub mod nix_manifest;
+pub mod role;
 
 pub use build::{BuiltinImages, Image, ImageError, ImageSource, SimulatedImages};
 pub use config::{BUILTIN, Blueprint, DesiredCounts, InstanceResources, PoolDoc, PoolSpec, RestartPolicy, RuntimePolicy, Workload};

@@ -1,0 +1,192 @@
+//! What a role means: its place in the order, the drives it needs, what it may expose, and what is on in its guests.
+
+use std::collections::BTreeSet;
+
+use mvm_types::{Role, SecretName};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The highest place in the order that a manifest can give.
+pub const MAX_PRIORITY: u16 = 1000;
+
+/// What a role means for the pools and instances that have it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoleTraits {
+    /// Its place in the order: lower comes up earlier and goes to sleep later; 0 to [`MAX_PRIORITY`].
+    pub priority: u16,
+    /// Whether an instance starts only with its configuration drive.
+    pub requires_config_drive: bool,
+    /// Whether an instance gets the tenant's secrets, and starts only with them.
+    pub requires_secrets_drive: bool,
+    /// How many instances of a pool a plan leaves running, whatever counts are wanted and however short memory is, as long as the
+    /// pool is declared.
+    #[serde(default)]
+    pub min_running: u32,
+    /// Seconds that an instance runs at least before a plan takes it down; a pool's own policy can only make it longer.
+    #[serde(default)]
+    pub min_running_seconds: u32,
+    /// What a pool may expose outside its tenant.
+    #[serde(default)]
+    pub ports: Ports,
+    /// What has to run before a guest counts as ready.
+    #[serde(default)]
+    pub services: Vec<Service>,
+    /// What the guest agent does for the host.
+    #[serde(default = "Handler::all")]
+    pub vsock_handlers: BTreeSet<Handler>,
+}
+
+/// Which ports may be exposed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ports {
+    /// Every one that a pool asks for.
+    Any,
+    /// These.
+    Only(Vec<Port>),
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        Ports::Only(Vec::new())
+    }
+}
+
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// Returns the name used in documents and rules.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        }
+    }
+}
+
+/// One port of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Port {
+    /// Its number, not 0.
+    pub port: u16,
+    /// Its protocol.
+    #[serde(default)]
+    pub protocol: Protocol,
+}
+
+/// A service of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// The name of its systemd unit.
+    pub unit: String,
+    /// Secrets without which it is not enabled.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<SecretName>,
+}
+
+/// Something that the guest agent does for the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Handler {
+    /// Runs commands.
+    Exec,
+    /// Opens terminals.
+    Shell,
+    /// Sends and takes files.
+    Copy,
+    /// Shows logs.
+    Logs,
+}
+
+impl Handler {
+    /// Every handler there is.
+    pub const ALL: [Handler; 4] = [Handler::Exec, Handler::Shell, Handler::Copy, Handler::Logs];
+
+    fn all() -> BTreeSet<Handler> {
+        Handler::ALL.into()
+    }
+
+    /// Returns the name used in documents.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Handler::Exec => "exec",
+            Handler::Shell => "shell",
+            Handler::Copy => "copy",
+            Handler::Logs => "logs",
+        }
+    }
+}
+
+impl RoleTraits {
+    /// What mvm's own roles mean; any other means what a worker does and requires nothing, unless its manifest says more.
+    pub fn built_in(role: Role) -> RoleTraits {
+        let (config, secrets) = match role {
+            Role::Gateway => (true, true),
+            Role::Worker => (false, true),
+            Role::Builder | Role::CapabilityImessage | Role::Custom(_) => (false, false),
+        };
+        RoleTraits {
+            priority: role_priority(role),
+            requires_config_drive: config,
+            requires_secrets_drive: secrets,
+            min_running: 0,
+            min_running_seconds: 0,
+            ports: if role == Role::Gateway { Ports::Any } else { Ports::default() },
+            services: Vec::new(),
+            vsock_handlers: Handler::all(),
+        }
+    }
+
+    /// Tells whether a pool of the role may expose a port.
+    pub fn may_expose(&self, port: Port) -> bool {
+        match &self.ports {
+            Ports::Any => true,
+            Ports::Only(ports) => ports.contains(&port),
+        }
+    }
+}
+
+/// Returns the place in the order of mvm's own roles: lower comes up earlier and goes to sleep later. One that a manifest defines has
+/// a worker's, unless the manifest gives it another.
+pub fn role_priority(role: Role) -> u16 {
+    match role {
+        Role::Gateway => 0,
+        Role::Builder => 1,
+        Role::Worker | Role::Custom(_) => 2,
+        Role::CapabilityImessage => 3,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gateways_come_first_and_connectors_last() {
+        assert_eq!(Role::ALL.map(role_priority), [0, 1, 2, 3]);
+        assert_eq!(role_priority("cache".parse().unwrap()), role_priority(Role::Worker));
+    }
+
+    #[test]
+    fn roles_require_and_expose_what_the_picture_says() {
+        let of = |role: Role| {
+            let traits = RoleTraits::built_in(role);
+            let exposes = traits.may_expose(Port { port: 443, protocol: Protocol::Tcp });
+            (traits.requires_config_drive, traits.requires_secrets_drive, exposes)
+        };
+        assert_eq!(of(Role::Gateway), (true, true, true));
+        assert_eq!(of(Role::Worker), (false, true, false));
+        assert_eq!(of(Role::Builder), (false, false, false));
+        assert_eq!(of(Role::CapabilityImessage), (false, false, false));
+    }
+}
