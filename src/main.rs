@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) => {
             if !error.text.is_empty() {
-                eprintln!("mvm: {}", error.text);
+                eprintln!("mvm: {}", mvm::cli::exit::shorten_words(&error.text));
             }
             error.exit.into()
         }

@@ -519,3 +519,58 @@ fn help_is_there_and_says_the_version() {
         assert!(node.ok(args).contains(words), "{args:?}");
     }
 }
+
+#[test]
+fn what_a_document_may_not_say_a_verb_may_not_either() {
+    let node = Node::with_fleet();
+    node.fails(2, &["pool", "create", "acme/api", "--depends-on", "nope"], &["depends_on[0]: there is no pool nope"]);
+    node.fails(2, &["pool", "create", "acme/api", "--role", "gatway"], &["is not a role", "did you mean gateway?"]);
+    node.ok(&["pool", "create", "acme/api", "--depends-on", "web", "--env", "A=1", "--env", "B=2", "--", "serve"]);
+    node.fails(4, &["pool", "destroy", "acme/web", "--yes"], &["acme/api depends on it", "--no-depends-on"]);
+    node.ok(&["pool", "update", "acme/api", "--unset-env", "A"]);
+    assert_eq!(node.json(&["pool", "info", "acme/api"])["spec"]["workload"]["env"], serde_json::json!({ "B": "2" }));
+    node.fails(3, &["pool", "update", "acme/api", "--unset-env", "C"], &["no variable \"C\""]);
+    node.ok(&["pool", "update", "acme/api", "--no-depends-on", "--no-workload"]);
+    let spec = node.json(&["pool", "info", "acme/api"])["spec"].clone();
+    assert!(spec.get("depends_on").is_none() && spec.get("workload").is_none(), "{spec}");
+    node.ok(&["pool", "destroy", "acme/web", "--yes"]);
+}
+
+#[test]
+fn a_quota_of_pools_is_planned_and_pruned_pools_make_room() {
+    let node = Node::new();
+    let with = |pool: &str, prune: bool| {
+        format!(
+            "schema_version = 1\nprune_unknown_pools = {prune}\n[[tenants]]\ntenant_id = \"acme\"\n\
+             network = {{ tenant_net_id = 7, ipv4_subnet = \"10.240.7.0/24\" }}\nquotas = {{ max_pools = 1 }}\n\
+             [[tenants.pools]]\npool_id = \"{pool}\"\ndesired_counts = {{ running = 1 }}\n"
+        )
+    };
+    node.ok(&["apply", "-f", &node.file("a.toml", with("a", false))]);
+    let kept = node.file("b.toml", with("b", false));
+    let plan = node.json(&["plan", "-f", &kept]);
+    assert_eq!(plan["steps"], serde_json::json!([]));
+    assert!(plan["deferred"][0]["why"].as_str().unwrap().contains("max_pools"), "{plan}");
+    assert_eq!(node.run(&["apply", "-f", &kept]).code, 6);
+    let pruned = node.file("c.toml", with("b", true));
+    let report = node.run(&["agent", "reconcile", "--desired", &pruned]);
+    assert_eq!(report.code, 0, "one pass does it: {}{}", report.out, report.err);
+    assert_eq!(node.json(&["pool", "list"]).as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn much_that_is_wrong_is_said_shortly() {
+    let node = Node::new();
+    let tenants: Vec<_> = (0..2000)
+        .map(|n| serde_json::json!({ "tenant_id": format!("t{n}"), "network": { "tenant_net_id": n, "ipv4_subnet": "10.240.7.0/24" } }))
+        .collect();
+    let same = node.file("same.json", serde_json::json!({ "schema_version": 1, "tenants": tenants }).to_string());
+    let ran = node.run(&["plan", "-f", &same]);
+    assert_eq!(ran.code, 2);
+    assert!(ran.err.contains("tenants[1].network.ipv4_subnet: 10.240.7.0/24 overlaps 10.240.7.0/24 of tenants[0]"), "{}", ran.err);
+    assert!(ran.err.contains("and 1979 more") && ran.err.len() < 6000, "{} bytes: {}", ran.err.len(), ran.err);
+    let long = FLEET.replace("\"gateway\"", &format!("\"{}\"", "g".repeat(200_000)));
+    node.fails(2, &["plan", "-f", &node.file("long.toml", long)], &["tenants[0].pools[0].role: "]);
+    node.fails(2, &["plan", "-f", &node.file("line.toml", format!("{FLEET}\nx = {}", "y ".repeat(100_000)))], &["not TOML"]);
+    node.fails(2, &["instance", "info", &"word ".repeat(2000)], &[]);
+}

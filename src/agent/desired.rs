@@ -101,6 +101,23 @@ pub struct Problem {
     pub what: String,
 }
 
+/// How many problems are shown: who has more has made the same mistake everywhere.
+const MOST_SHOWN: usize = 20;
+/// The longest problem, in characters: some of what is quoted in it is the document's.
+const LONGEST: usize = 300;
+
+impl Problem {
+    /// Describes a problem, shortened where it quotes too much.
+    pub fn new(place: String, what: String) -> Self {
+        let cut = what.char_indices().nth(LONGEST).map(|(at, _)| at);
+        let what = match cut {
+            Some(at) => format!("{}… ({} characters)", &what[..at], what.chars().count()),
+            None => what,
+        };
+        Self { place, what }
+    }
+}
+
 /// Everything that is wrong with a document.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}", self.lines())]
@@ -115,6 +132,10 @@ impl InvalidDocument {
             "" => problem.what.clone(),
             place => format!("{place}: {}", problem.what),
         };
-        self.problems.iter().map(line).collect::<Vec<_>>().join("\n")
+        let mut lines: Vec<String> = self.problems.iter().take(MOST_SHOWN).map(line).collect();
+        if self.problems.len() > MOST_SHOWN {
+            lines.push(format!("and {} more", self.problems.len() - MOST_SHOWN));
+        }
+        lines.join("\n")
     }
 }

@@ -21,6 +21,8 @@ pub struct Observed {
     pub node: NodeId,
     /// Memory that guests may have altogether, in MiB.
     pub capacity_mib: u64,
+    /// Memory that a virtual machine needs besides its guest's, in MiB.
+    pub overhead_mib: u32,
     /// Net ids that tenants had who are gone, and which are never given again.
     pub retired_net_ids: BTreeSet<TenantNetId>,
     /// The tenants that are there.
@@ -130,6 +132,7 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     Ok(Observed {
         node: node.id.clone(),
         capacity_mib: node.host().guest_memory_mib()?,
+        overhead_mib: node.vmm().overhead_mib(),
         retired_net_ids: node.retired_net_ids()?,
         tenants,
         network: node.host().observe_network()?,

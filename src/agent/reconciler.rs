@@ -10,7 +10,7 @@ use super::desired::{AdmissionError, DesiredState, DesiredTenant, InvalidDocumen
 use super::execute::{End, ExecuteOptions, Outcome, Progress, execute};
 use super::observe::{Observed, observe};
 use super::plan::{Deferred, Plan, Retry, check_against, plan};
-use crate::store::{StoreError, Wait};
+use crate::store::{LockGuard, StoreError, Wait};
 use crate::vm::error::{FailureKind, LifecycleError, with_causes};
 use crate::vm::instance::StateName;
 use crate::vm::keys;
@@ -118,7 +118,7 @@ pub fn look(node: &Node, desired: &DesiredState, retry: Retry) -> Result<(Observ
 /// # Errors
 /// When the document is refused, or another mvm reconciles and `wait` is over. Failures of steps are in the report.
 pub fn pass(node: &Node, desired: &DesiredState, retry: Retry, wait: Wait, options: &ExecuteOptions<'_>) -> Result<Report, ReconcileError> {
-    let _one_at_a_time = node.documents().raw().lock(keys::RECONCILE_LOCK, wait).map_err(LifecycleError::from)?;
+    let _one_at_a_time = alone(node, wait, options.cancel)?;
     let (observed, plan) = look(node, desired, retry)?;
     if let Some(admitted) = admit(desired, &node.id, node.node_doc()?.admitted.as_ref())? {
         node.update_node_doc(|doc| doc.admitted = Some(admitted))?;
@@ -133,6 +133,22 @@ pub fn pass(node: &Node, desired: &DesiredState, retry: Retry, wait: Wait, optio
     Ok(Report { plan, outcomes, problems: observed.problems })
 }
 
+/// Waits until no other mvm reconciles, or until the caller does not want it any more.
+fn alone(node: &Node, wait: Wait, cancel: &AtomicBool) -> Result<Box<dyn LockGuard>, LifecycleError> {
+    const SLICE: Duration = Duration::from_millis(100);
+    loop {
+        let slice = match wait {
+            Wait::No => Wait::No,
+            Wait::Until(deadline) => Wait::Until(deadline.min(Instant::now() + SLICE)),
+        };
+        match node.documents().raw().lock(keys::RECONCILE_LOCK, slice) {
+            Err(StoreError::Locked { .. })
+                if !cancel.load(Ordering::SeqCst) && matches!(wait, Wait::Until(deadline) if Instant::now() < deadline) => {}
+            locked => return Ok(locked?),
+        }
+    }
+}
+
 /// Passes until everything is as declared, or cannot be.
 pub fn apply(node: &Node, desired: &DesiredState, options: &ApplyOptions<'_>) -> Result<Applied, ReconcileError> {
     /// How often one object may fail before apply says so instead of trying on.
@@ -144,7 +160,10 @@ pub fn apply(node: &Node, desired: &DesiredState, options: &ApplyOptions<'_>) ->
     let mut hopeless: BTreeMap<String, String> = BTreeMap::new();
     let mut last: Option<Plan> = None;
     loop {
-        let report = pass(node, desired, retry, Wait::Until(options.deadline), &execute_options)?;
+        let report = match pass(node, desired, retry, Wait::Until(options.deadline), &execute_options) {
+            Err(error) if is_elsewhere(&error) && options.cancel.load(Ordering::SeqCst) => return Ok(Applied::Interrupted),
+            report => report?,
+        };
         retry = Retry::WhenDue;
         if options.cancel.load(Ordering::SeqCst) {
             return Ok(Applied::Interrupted);

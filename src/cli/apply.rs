@@ -70,7 +70,7 @@ pub(super) fn default_parallel(globals: &Globals) -> usize {
 pub fn plan(globals: &Globals, args: &PlanArgs) -> CliResult {
     let desired = read_document(&args.file)?;
     let opened = open(globals, Intent::Look)?;
-    let (observed, plan) = reconciler::look(&opened.node, &desired, Retry::WhenDue)?;
+    let (observed, plan) = reconciler::look(&opened.node, &desired, Retry::Now)?;
     let steps = rows(&plan);
     let differs = !steps.is_empty() || !plan.deferred.is_empty();
     if globals.format() == OutputFormat::Json {

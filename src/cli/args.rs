@@ -179,6 +179,9 @@ pub struct SpecArgs {
     /// A pool of the tenant that must be ready first; can be repeated, and replaces those there are
     #[arg(long, value_name = "POOL")]
     depends_on: Vec<PoolId>,
+    /// Wait for no other pool any more
+    #[arg(long, conflicts_with = "depends_on")]
+    no_depends_on: bool,
     /// Whether no plan takes instances down because there are too many
     #[arg(long, value_name = "true|false")]
     pinned: Option<bool>,
@@ -188,9 +191,15 @@ pub struct SpecArgs {
     /// An environment variable of the workload; can be repeated
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
     env: Vec<(String, String)>,
+    /// Take an environment variable of the workload away; can be repeated
+    #[arg(long, value_name = "NAME")]
+    unset_env: Vec<String>,
     /// When the workload is started again: always, on-failure or never
     #[arg(long, value_parser = restart)]
     restart: Option<RestartPolicy>,
+    /// Run no workload any more
+    #[arg(long, conflicts_with_all = ["workload", "env", "unset_env", "restart"])]
+    no_workload: bool,
     /// The workload: a program and its arguments
     #[arg(last = true, value_name = "CMD")]
     workload: Vec<String>,
@@ -221,6 +230,12 @@ impl SpecArgs {
         set(&mut spec.runtime_policy.graceful_shutdown_seconds, &self.graceful_shutdown_seconds);
         set(&mut spec.pinned, &self.pinned);
         set(&mut spec.critical, &self.critical);
+        if self.no_depends_on {
+            spec.depends_on.clear();
+        }
+        if self.no_workload {
+            spec.workload = None;
+        }
         if !self.depends_on.is_empty() {
             spec.depends_on.clone_from(&self.depends_on);
         }
@@ -231,12 +246,17 @@ impl SpecArgs {
         }
         match &mut spec.workload {
             Some(workload) => {
+                for name in &self.unset_env {
+                    if workload.env.remove(name).is_none() {
+                        return Err(CliError::new(Exit::NotFound, format!("--unset-env: the workload has no variable {name:?}")));
+                    }
+                }
                 workload.env.extend(self.env.iter().cloned());
                 set(&mut workload.restart, &self.restart);
                 Ok(())
             }
-            None if self.env.is_empty() && self.restart.is_none() => Ok(()),
-            None => Err(CliError::new(Exit::Usage, "--env and --restart are about a workload; add one: -- CMD")),
+            None if self.env.is_empty() && self.unset_env.is_empty() && self.restart.is_none() => Ok(()),
+            None => Err(CliError::new(Exit::Usage, "--env, --unset-env and --restart are about a workload; add one: -- CMD")),
         }
     }
 }
@@ -257,7 +277,7 @@ fn restart(given: &str) -> Result<RestartPolicy, String> {
 
 /// Parses a role; the error lists the roles.
 pub fn role(given: &str) -> Result<Role, String> {
-    given.parse().map_err(|error: mvm_types::RoleError| error.to_string())
+    given.parse().map_err(|error: mvm_types::IdError| error.to_string())
 }
 
 /// Parses a span of time: `90`, `90s`, `5m`, `1h`.

@@ -26,17 +26,17 @@ pub fn run(globals: &Globals) -> CliResult {
     let ability = |ability: &Ability| match ability {
         Ability::Yes(text) | Ability::No(text) => text.clone(),
     };
-    check("root", facts.is_root, if facts.is_root { "yes" } else { "no" }.into(), "run mvm as root, e.g. with sudo");
-    check("tun", facts.tun.is_yes(), ability(&facts.tun), "load the tun module: modprobe tun");
-    check(
-        "nftables",
-        facts.nftables.is_yes(),
-        ability(&facts.nftables),
-        "a kernel with CONFIG_NF_TABLES, CONFIG_NF_TABLES_BRIDGE and CONFIG_NFT_NAT",
-    );
-    check("nft", facts.nft.is_yes(), ability(&facts.nft), "apt-get install nftables");
-    check("mke2fs", facts.mke2fs.is_yes(), ability(&facts.mke2fs), "apt-get install e2fsprogs");
+    // A rehearsal touches nothing of the host.
     if !simulated {
+        check("root", facts.is_root, if facts.is_root { "yes" } else { "no" }.into(), "run mvm as root, e.g. with sudo");
+        let (tun, nftables) = match facts.is_root {
+            true => ("load the tun module: modprobe tun", "a kernel with CONFIG_NF_TABLES, CONFIG_NF_TABLES_BRIDGE and CONFIG_NFT_NAT"),
+            false => ("run mvm as root, e.g. with sudo", "run mvm as root, e.g. with sudo"),
+        };
+        check("tun", facts.tun.is_yes(), ability(&facts.tun), tun);
+        check("nftables", facts.nftables.is_yes(), ability(&facts.nftables), nftables);
+        check("nft", facts.nft.is_yes(), ability(&facts.nft), "apt-get install nftables");
+        check("mke2fs", facts.mke2fs.is_yes(), ability(&facts.mke2fs), "apt-get install e2fsprogs");
         let found = find_qemu();
         let path = found.as_ref().map_or("not found".to_owned(), |path| path.display().to_string());
         check("qemu", found.is_some(), path, "apt-get install qemu-system-x86 (or qemu-system-arm)");
@@ -66,12 +66,17 @@ pub fn run(globals: &Globals) -> CliResult {
         format!("{memory} MiB available"),
         "end something: a guest needs at least 64 MiB, mvm suggests 256",
     );
-    check(
-        "swap",
-        facts.swap_total_mib == 0,
-        format!("{} MiB", facts.swap_total_mib),
-        "swapoff -a: secrets in the memory of guests may be written to disk (unless the swap is encrypted)",
-    );
+    checks.push(CheckRow {
+        check: "swap".to_owned(),
+        ok: true,
+        found: format!("{} MiB", facts.swap_total_mib),
+        remedy: (facts.swap_total_mib > 0)
+            .then(|| "swapoff -a: secrets in the memory of guests may be written to disk (unless the swap is encrypted)".to_owned()),
+    });
+    let mut check = |name: &str, ok: bool, found: String, remedy: &str| {
+        let remedy = (!ok).then(|| remedy.to_owned());
+        checks.push(CheckRow { check: name.to_owned(), ok, found, remedy });
+    };
     let controllers = match facts.cgroup2_controllers.join(", ") {
         none if none.is_empty() => "no controllers".to_owned(),
         some => some,

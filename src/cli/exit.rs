@@ -66,23 +66,23 @@ impl From<FailureKind> for Exit {
     }
 }
 
-/// Shortens words that nobody reads to their end, such as an address of 10 kB.
+/// Shortens words and lines that nobody reads to their end, such as an address of 10 kB.
 pub fn shorten_words(text: &str) -> String {
-    const LONGEST: usize = 200;
+    const LONGEST_WORD: usize = 200;
+    const LONGEST_LINE: usize = 1000;
     const SHOWN: usize = 60;
-    let shorten = |word: &str| match word.chars().count() {
-        length if length > LONGEST => {
-            let end = word.trim_start().char_indices().nth(SHOWN).map_or(word.len(), |(at, _)| at);
-            format!("{}… ({length} characters)", &word[..end])
+    let shorten = |text: &str, longest: usize, shown: usize| match text.chars().count() {
+        length if length > longest => {
+            let end = text.char_indices().nth(shown).map_or(text.len(), |(at, _)| at);
+            format!("{}… ({length} characters)", &text[..end])
         }
-        _ => word.to_owned(),
+        _ => text.to_owned(),
     };
-    text.split_inclusive([' ', '\n'])
-        .map(|word| {
-            let body = word.trim_end_matches([' ', '\n']);
-            shorten(body) + &word[body.len()..]
-        })
-        .collect()
+    let line = |line: &str| {
+        let words: Vec<String> = line.split(' ').map(|word| shorten(word, LONGEST_WORD, SHOWN)).collect();
+        shorten(&words.join(" "), LONGEST_LINE, LONGEST_LINE)
+    };
+    text.split('\n').map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// An error on its way to the user.

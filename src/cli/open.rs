@@ -167,6 +167,7 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
             "mvm changes bridges, packet filter rules and processes, for which it has to be root; try it with sudo, or rehearse with --vmm simulated",
         ));
     }
+    check_readable(&paths)?;
     check_simulation(&paths, simulated, intent)?;
     let random = Box::new(|bytes: &mut [u8]| {
         let mut rest = bytes;
@@ -252,6 +253,20 @@ pub fn find_qemu() -> Option<PathBuf> {
     find_program(&format!("qemu-system-{}", std::env::consts::ARCH))
 }
 
+/// Sockets, documents and locks are root's only.
+fn check_readable(paths: &Paths) -> Result<(), CliError> {
+    for dir in [paths.state(), paths.run()] {
+        match std::fs::read_dir(dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                let text = format!("{} is not readable for this user; try it with sudo", dir.display());
+                return Err(CliError::new(Exit::Refused, text));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// A state directory is either simulated or real for its whole life: its instances are not where the other driver looks.
 fn check_simulation(paths: &Paths, simulated: bool, intent: Intent) -> Result<(), CliError> {
     let mark = paths.state().join("simulated");
@@ -283,7 +298,13 @@ fn who() -> String {
     let uid = rustix::process::getuid().as_raw();
     let user = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| format!("uid {uid}"));
     let words: Vec<String> =
-        std::env::args().skip(1).take_while(|word| word != "--").filter(|word| !word.starts_with('-')).take(2).collect();
+        std::env::args().skip(1).take_while(|word| word != "--").filter(|word| !word.starts_with('-')).take(3).collect();
+    // Nouns below nouns have a third word; of the others the third is an argument.
+    let words = if words.first().is_some_and(|word| word == "tenant") && words.get(1).is_some_and(|word| word == "secrets") {
+        &words[..]
+    } else {
+        &words[..words.len().min(2)]
+    };
     let user: String = user.chars().filter(|c| c.is_ascii_graphic()).take(32).collect();
     format!("{user} (uid {uid}): mvm {}", words.join(" "))
 }

@@ -105,6 +105,12 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             let mut new = PoolSpec::new(pool.pool.clone(), role);
             spec.change(&mut new)?;
             check(&pool, &new)?;
+            node.tenant(&pool.tenant)?;
+            if node.pool(&pool).is_err() {
+                let mut with_it = declared_in(node, &pool.tenant)?;
+                with_it.tenants.iter_mut().for_each(|tenant| tenant.pools.push(new.clone()));
+                as_a_document(&with_it)?;
+            }
             node.pool_create(&pool.tenant, role, new)?;
             Exit::Done
         }
@@ -148,6 +154,13 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
         }
         PoolCommand::Destroy { pool, yes } => {
             node.pool(&pool)?;
+            let declared = declared_in(node, &pool.tenant)?;
+            let mut others = declared.tenants.iter().flat_map(|tenant| &tenant.pools);
+            if let Some(other) = others.find(|other| other.depends_on.contains(&pool.pool)) {
+                let other = format!("{}/{}", pool.tenant, other.pool_id);
+                let text = format!("cannot destroy {pool}: {other} depends on it; `mvm pool update {other} --no-depends-on` ends that");
+                return Err(CliError::new(Exit::Refused, text));
+            }
             let instances = node.instances(&pool)?.len();
             confirm(yes, &format!("Destroy pool {pool} with its {} and their data?", super::args::count(instances, "instance")))?;
             destroy(node, &pool)?;
@@ -161,11 +174,24 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
 
 fn check(pool: &PoolAddress, spec: &PoolSpec) -> Result<(), CliError> {
     let problems: Vec<Problem> =
-        pool_problems(spec).into_iter().map(|(field, what)| Problem { place: format!("{pool}: {field}"), what }).collect();
+        pool_problems(spec).into_iter().map(|(field, what)| Problem::new(format!("{pool}: {field}"), what)).collect();
     if problems.is_empty() {
         return Ok(());
     }
     Err(CliError::new(Exit::Usage, InvalidDocument { problems }.to_string()))
+}
+
+/// What is declared in one tenant.
+fn declared_in(node: &Node, tenant: &TenantId) -> Result<DesiredState, CliError> {
+    let mut desired = declared(&observe(node)?);
+    desired.tenants.retain(|one| one.tenant_id == *tenant);
+    Ok(desired)
+}
+
+/// Puts declarations through the same checks as a file.
+fn as_a_document(desired: &DesiredState) -> Result<DesiredState, CliError> {
+    let text = crate::infra::display::to_json(desired)?;
+    crate::agent::desired::parse(&text, crate::agent::desired::Format::Json).map_err(|error| CliError::new(Exit::Usage, error.to_string()))
 }
 
 /// Changes one declaration and reconciles its tenant: the same way as an edited file would.
@@ -177,16 +203,12 @@ fn change(
     change: impl FnOnce(&mut PoolSpec) -> Result<(), CliError>,
 ) -> CliResult {
     node.pool(pool)?;
-    let mut desired: DesiredState = declared(&observe(node)?);
-    desired.tenants.retain(|tenant| tenant.tenant_id == pool.tenant);
+    let mut desired = declared_in(node, &pool.tenant)?;
     let mut specs = desired.tenants.iter_mut().flat_map(|tenant| &mut tenant.pools);
     if let Some(spec) = specs.find(|spec| spec.pool_id == pool.pool) {
         change(spec)?;
     }
-    let text = crate::infra::display::to_json(&desired)?;
-    // Through the same checks as a file.
-    let desired = crate::agent::desired::parse(&text, crate::agent::desired::Format::Json)
-        .map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
+    let desired = as_a_document(&desired)?;
     super::apply::converge(globals, node, &desired, timeout, super::apply::default_parallel(globals))
 }
 

@@ -274,6 +274,7 @@ impl Row for StepRow {
 #[allow(missing_docs)]
 pub struct CheckRow {
     pub check: String,
+    /// Whether nothing has to be mended.
     pub ok: bool,
     pub found: String,
     /// How to mend it.
@@ -286,7 +287,12 @@ impl Row for CheckRow {
     fn cells(&self) -> Vec<String> {
         vec![
             self.check.clone(),
-            if self.ok { "ok".into() } else { "WRONG".into() },
+            match (self.ok, &self.remedy) {
+                (true, None) => "ok".into(),
+                // It works as it is, and could be better.
+                (true, Some(_)) => "hint".into(),
+                (false, _) => "WRONG".into(),
+            },
             self.found.clone(),
             self.remedy.clone().unwrap_or_default(),
         ]

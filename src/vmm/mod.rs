@@ -189,6 +189,11 @@ pub trait Vmm: Send + Sync {
     /// Describes what snapshots of machines that start now depend on.
     fn stamp(&self) -> Result<VmmStamp, VmmError>;
 
+    /// Memory that a virtual machine of this driver needs besides its guest's, in MiB, at most.
+    fn overhead_mib(&self) -> u32 {
+        0
+    }
+
     /// The files that a snapshot of this driver consists of, relative to its directory.
     fn snapshot_files(&self) -> &'static [&'static str] {
         &SNAPSHOT_FILES

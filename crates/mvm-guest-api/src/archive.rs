@@ -43,6 +43,9 @@ pub fn pack(path: &Path, writer: impl Write) -> io::Result<Copied> {
     while let Some((source, name)) = waiting.pop() {
         let meta = fs::symlink_metadata(&source).map_err(|error| named(&source, error))?;
         let kind = meta.file_type();
+        if copied.entries == 0 && !kind.is_dir() && !kind.is_file() && !kind.is_symlink() {
+            return Err(refused(format!("{} is neither a file nor a directory", source.display())));
+        }
         let mut header = Header::new_gnu();
         header.set_mode(meta.mode() & 0o777);
         header.set_mtime(meta.mtime().max(0) as u64);
@@ -57,12 +60,22 @@ pub fn pack(path: &Path, writer: impl Write) -> io::Result<Copied> {
             }
         } else if kind.is_file() {
             header.set_entry_type(EntryType::Regular);
-            header.set_size(meta.len());
             // NOFOLLOW: what was a file a moment ago may be a link now.
-            let file = File::options().read(true).custom_flags(NOFOLLOW).open(&source).map_err(|error| named(&source, error))?;
+            let mut file = File::options().read(true).custom_flags(NOFOLLOW).open(&source).map_err(|error| named(&source, error))?;
+            // Files of /proc and /sys say that they are empty, and are not.
+            let mut unsaid = Vec::new();
+            if meta.len() == 0 {
+                Read::by_ref(&mut file).take(MOST_UNSAID + 1).read_to_end(&mut unsaid).map_err(|error| named(&source, error))?;
+                if unsaid.len() as u64 > MOST_UNSAID {
+                    let why = format!("{} has no size and more than {} MiB of content", source.display(), MOST_UNSAID >> 20);
+                    return Err(refused(why));
+                }
+            }
+            let length = meta.len().max(unsaid.len() as u64);
+            header.set_size(length);
             // A file that shrinks meanwhile is filled up, one that grows is cut: the header is written already.
-            builder.append_data(&mut header, &name, file.chain(io::repeat(0)).take(meta.len()))?;
-            copied.bytes += meta.len();
+            builder.append_data(&mut header, &name, unsaid.as_slice().chain(file).chain(io::repeat(0)).take(length))?;
+            copied.bytes += length;
         } else if kind.is_symlink() {
             header.set_entry_type(EntryType::Symlink);
             let link = fs::read_link(&source).map_err(|error| named(&source, error))?;
@@ -77,6 +90,9 @@ pub fn pack(path: &Path, writer: impl Write) -> io::Result<Copied> {
     builder.into_inner()?.flush()?;
     Ok(copied)
 }
+
+/// The most that is read of a file that does not say how long it is, in bytes.
+const MOST_UNSAID: u64 = 4 << 20;
 
 /// `O_NOFOLLOW`, the same number on every Linux that this runs on (x86-64 and, with another value, arm64).
 const NOFOLLOW: i32 = if cfg!(target_arch = "aarch64") { 0o100_000 } else { 0o400_000 };
@@ -229,6 +245,19 @@ mod tests {
         let mut bytes = Vec::new();
         pack(path, &mut bytes).unwrap();
         bytes
+    }
+
+    #[test]
+    fn files_that_hide_their_size_are_packed_and_devices_are_refused() {
+        let mut stream = Vec::new();
+        let copied = pack(Path::new("/proc/version"), &mut stream).unwrap();
+        let version = fs::read("/proc/version").unwrap();
+        assert_eq!(copied.bytes, version.len() as u64);
+        let dir = tempfile::tempdir().unwrap();
+        unpack(stream.as_slice(), dir.path()).unwrap();
+        assert_eq!(fs::read(dir.path().join("version")).unwrap(), version);
+        let refused = pack(Path::new("/dev/zero"), Vec::new()).unwrap_err().to_string();
+        assert!(refused.contains("/dev/zero is neither a file nor a directory"), "{refused}");
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub const VSOCK_PORT: u32 = 5200;
 pub const PORT_NAME_PREFIX: &str = "mvm.agent.";
 
 /// How many serial ports a guest has.
-pub const PORT_COUNT: u32 = 4;
+pub const PORT_COUNT: u32 = 8;
 
 /// The label of the file system for data that stays.
 pub const LABEL_DATA: &str = "mvm-data";

@@ -9,7 +9,7 @@ use crate::agent::observe::Observed;
 /// Every problem, with its place in the document.
 pub fn check_against(desired: &DesiredState, observed: &Observed) -> Result<(), InvalidDocument> {
     let mut problems = Vec::new();
-    let mut problem = |place: String, what: String| problems.push(Problem { place, what });
+    let mut problem = |place: String, what: String| problems.push(Problem::new(place, what));
     for (t, tenant) in desired.tenants.iter().enumerate() {
         let place = format!("tenants[{t}]");
         let (net_id, subnet) = (tenant.network.tenant_net_id, tenant.network.ipv4_subnet);

@@ -14,6 +14,8 @@ use crate::vm::usage::Usage;
 #[derive(Clone)]
 pub(super) struct NodeRoom {
     capacity_mib: u64,
+    /// What a virtual machine takes besides its guest's memory.
+    overhead_mib: u64,
     used_mib: u64,
     tenants: BTreeMap<TenantId, Usage>,
 }
@@ -32,16 +34,17 @@ impl NodeRoom {
             Usage::of(tenant.pools.values().flat_map(|pool| &pool.instances).map(|one| &one.doc))
         };
         let tenants: BTreeMap<_, _> = observed.tenants.iter().map(|(id, tenant)| (id.clone(), usage(tenant))).collect();
-        let used_mib = tenants.values().map(|usage| usage.mem_mib).sum();
-        Self { capacity_mib: observed.capacity_mib, used_mib, tenants }
+        let overhead_mib = u64::from(observed.overhead_mib);
+        let used_mib = tenants.values().map(|usage| on_the_node(usage, overhead_mib)).sum();
+        Self { capacity_mib: observed.capacity_mib, overhead_mib, used_mib, tenants }
     }
 
     /// Gives back what an instance used in a state.
     pub(super) fn give_back(&mut self, tenant: &TenantId, state: StateName, resources: &InstanceResources) {
         let usage = self.tenants.entry(tenant.clone()).or_default();
-        let before = usage.mem_mib;
+        let before = on_the_node(usage, self.overhead_mib);
         usage.leave(state, resources);
-        self.used_mib = self.used_mib.saturating_sub(before - usage.mem_mib);
+        self.used_mib = self.used_mib.saturating_sub(before - on_the_node(usage, self.overhead_mib));
     }
 
     /// Counts an instance no more.
@@ -63,6 +66,7 @@ impl NodeRoom {
             after.add_instance(ask.pool, ask.resources.data_disk_mib);
         }
         let mut peak = after.clone();
+        let mut passing_mib = 0;
         match goal {
             StateName::Running | StateName::Warm => {
                 after.enter(goal, ask.resources);
@@ -72,15 +76,22 @@ impl NodeRoom {
             _ => {
                 peak.vcpus += u64::from(ask.resources.vcpus);
                 peak.mem_mib += u64::from(ask.resources.mem_mib);
+                passing_mib = self.overhead_mib;
             }
         }
         ask.quotas.check(ask.tenant, before, &peak).map_err(|error| error.to_string())?;
-        let node_peak = self.used_mib - before.mem_mib.min(self.used_mib) + peak.mem_mib;
+        let others = self.used_mib.saturating_sub(on_the_node(before, self.overhead_mib));
+        let node_peak = others + on_the_node(&peak, self.overhead_mib) + passing_mib;
         if node_peak > self.capacity_mib && peak.mem_mib > before.mem_mib {
-            return Err(format!("guests would have {node_peak} MiB of memory, and this node has {} for them", self.capacity_mib));
+            return Err(format!("guests would need {node_peak} MiB of memory, and this node has {} for them", self.capacity_mib));
         }
-        self.used_mib = self.used_mib - before.mem_mib.min(self.used_mib) + after.mem_mib;
+        self.used_mib = others + on_the_node(&after, self.overhead_mib);
         *before = after;
         Ok(())
     }
+}
+
+/// What a tenant's machines need of the node, in MiB.
+fn on_the_node(usage: &Usage, overhead_mib: u64) -> u64 {
+    usage.mem_mib + (usage.running + usage.warm) * overhead_mib
 }

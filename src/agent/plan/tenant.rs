@@ -10,9 +10,10 @@ use super::room::Ask;
 use super::{Action, Edge, Planner, Retry, Target, follows, needs};
 use crate::agent::desired::DesiredTenant;
 use crate::agent::observe::{ImagePresence, ObservedInstance, ObservedPool, ObservedTenant};
-use crate::agent::order::{bring_up_order, role_priority, waits_for};
+use crate::agent::order::{bring_up_order, waits_for, waits_on};
 use crate::vm::instance::{StateName, Verb};
 use crate::vm::pool::PoolSpec;
+use crate::vm::pool::role::role_priority;
 use crate::vm::sleep_policy;
 use crate::vmm::Liveness;
 
@@ -42,16 +43,28 @@ impl Planner<'_> {
         let observed = self.observed.tenants.get(&desired.tenant_id);
         let document = self.tenant_document(desired, observed);
         let mut down_ends = Vec::new();
+        let mut kept = observed.map_or(0, |observed| observed.pools.len());
         if prune_unknown_pools && let Some(observed) = observed {
             let named: BTreeSet<&PoolId> = desired.pools.iter().map(|pool| &pool.pool_id).collect();
-            let unknown = observed.pools.values().filter(|pool| !named.contains(&pool.doc.spec.pool_id)).collect();
+            let unknown: Vec<_> = observed.pools.values().filter(|pool| !named.contains(&pool.doc.spec.pool_id)).collect();
+            kept -= unknown.len();
             down_ends.extend(self.destroy_pools(unknown));
         }
+        // A new pool has its place once those that are pruned have given it up.
+        let new_pool: Vec<Edge> = document.map(needs).into_iter().chain(down_ends.iter().copied().map(follows)).collect();
         let order = bring_up_order(&desired.pools);
         let mut works: BTreeMap<&PoolId, PoolWork<'_>> = BTreeMap::new();
         for &spec in &order {
             let pool = observed.and_then(|tenant| tenant.pools.get(&spec.pool_id));
-            works.insert(&spec.pool_id, self.pool_work(desired, spec, pool, document));
+            kept += usize::from(pool.is_none());
+            let work = match desired.quotas.check_pools(&desired.tenant_id, kept) {
+                Err(quota) if pool.is_none() => {
+                    kept -= 1;
+                    self.no_place(desired, spec, &quota.to_string())
+                }
+                _ => self.pool_work(desired, spec, pool, (document, &new_pool)),
+            };
+            works.insert(&spec.pool_id, work);
         }
         for &spec in order.iter().rev() {
             self.down(desired, spec, &mut works);
@@ -122,20 +135,30 @@ impl Planner<'_> {
         }
     }
 
+    /// A pool that the tenant's quota of pools leaves no place for.
+    fn no_place<'a>(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, why: &str) -> PoolWork<'a> {
+        let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
+        self.defer(&pool, "create pool", why, None);
+        PoolWork { held: Some(why.to_owned()), not_ready: Some(format!("pool {pool} is not there: {why}")), ..PoolWork::default() }
+    }
+
     /// Plans a pool's document and image, and decides what its instances should become.
     fn pool_work<'a>(
         &mut self,
         tenant: &DesiredTenant,
         spec: &PoolSpec,
         observed: Option<&'a ObservedPool>,
-        tenant_document: Option<usize>,
+        (tenant_document, new_pool): (Option<usize>, &[Edge]),
     ) -> PoolWork<'a> {
         let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
         let after: Vec<Edge> = tenant_document.map(needs).into_iter().collect();
         let mut work = PoolWork::default();
         let mut ready = after.clone();
         match observed {
-            None => ready = vec![needs(self.step(Action::CreatePool { pool: pool.clone(), spec: spec.clone().into() }, "declared", after))],
+            None => {
+                let action = Action::CreatePool { pool: pool.clone(), spec: spec.clone().into() };
+                ready = vec![needs(self.step(action, "declared", new_pool.to_vec()))];
+            }
             Some(observed) if observed.doc.spec != *spec => {
                 let why = changed_fields(&observed.doc.spec, spec);
                 ready = vec![needs(self.step(Action::UpdatePool { pool: pool.clone(), spec: spec.clone().into() }, why, after))];
@@ -215,9 +238,7 @@ impl Planner<'_> {
             return;
         }
         let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
-        let behind = |other: &&PoolSpec| {
-            role_priority(other.role) > role_priority(spec.role) || waits_for(other, &tenant.pools).any(|one| one.pool_id == spec.pool_id)
-        };
+        let behind = |other: &&PoolSpec| role_priority(other.role) > role_priority(spec.role) || waits_on(other, spec);
         let later: Vec<&PoolId> = tenant.pools.iter().filter(behind).map(|other| &other.pool_id).collect();
         let first = later.iter().find(|id| works[**id].down_deferred).map(|id| (*id).clone());
         let after: Vec<Edge> = works[&spec.pool_id]
@@ -487,9 +508,7 @@ impl Planner<'_> {
 
 /// Tells whether other pools come after this one.
 fn has_followers(spec: &PoolSpec, tenant: &DesiredTenant) -> bool {
-    tenant.pools.iter().any(|other| {
-        role_priority(other.role) > role_priority(spec.role) || waits_for(other, &tenant.pools).any(|one| one.pool_id == spec.pool_id)
-    })
+    tenant.pools.iter().any(|other| role_priority(other.role) > role_priority(spec.role) || waits_on(other, spec))
 }
 
 fn wanted(spec: &PoolSpec, goal: StateName) -> String {

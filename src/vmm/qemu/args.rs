@@ -62,6 +62,9 @@ pub(super) enum Start<'a> {
     Restore { device_state: RawFd },
 }
 
+/// The cache of translated code of a machine in software, in MiB.
+pub(super) const TCG_CACHE_MIB: u32 = 64;
+
 /// The fdset ids: the console has the first one, drives follow.
 const CONSOLE_FDSET: usize = 1;
 
@@ -82,6 +85,8 @@ pub(super) fn render(line: &CommandLine<'_>) -> Vec<String> {
         Acceleration::Kvm => ("kvm", "host"),
         Acceleration::Tcg | Acceleration::None => ("tcg", "max"),
     };
+    // Translated code: QEMU's own choice is up to a gigabyte for every machine.
+    let accel = if accel == "tcg" { format!("tcg,tb-size={TCG_CACHE_MIB}") } else { accel.to_owned() };
     args.option("-accel", accel);
     args.option("-cpu", cpu);
     args.option("-smp", line.vcpus.to_string());
@@ -125,7 +130,7 @@ pub(super) fn render(line: &CommandLine<'_>) -> Vec<String> {
         args.option("-device", format!("virtio-net-device,id=nic,netdev=net,mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"));
     }
     if !line.agents.is_empty() {
-        args.option("-device", "virtio-serial-device,id=ports,max_ports=8");
+        args.option("-device", "virtio-serial-device,id=ports,max_ports=31");
         for (port, fd) in line.agents.iter().enumerate() {
             args.option("-chardev", format!("socket,id=agent{port},fd={fd},server=on,wait=off"));
             // Port 0 of the bus is reserved for a console.

@@ -29,7 +29,7 @@ pub use driver::{AccelerationChoice, Qemu, QemuOptions};
 pub use probe::{HostFacts, KvmVerdict};
 
 /// How many ports the guest agent serves: `mvm.agent.0` … and `agent.0.sock` … in the run directory.
-pub const AGENT_PORTS: usize = 4;
+pub const AGENT_PORTS: usize = 8;
 
 /// The name of an agent port's socket in the run directory.
 ///
