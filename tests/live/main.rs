@@ -9,6 +9,7 @@ mod isolation;
 mod network;
 mod qemu;
 mod rig;
+mod roles;
 mod secrets;
 mod sleep;
 mod throwaway;

@@ -7,4 +7,6 @@ pub mod nix_manifest;
 pub mod role;
 
 pub use build::{BuiltinImages, Image, ImageError, ImageSource, SimulatedImages};
-pub use config::{BUILTIN, Blueprint, DesiredCounts, InstanceResources, PoolDoc, PoolSpec, RestartPolicy, RuntimePolicy, Workload};
+pub use config::{
+    BUILTIN, Blueprint, DesiredCounts, Exposure, InstanceResources, PoolDoc, PoolSpec, RestartPolicy, RuntimePolicy, Workload,
+};
