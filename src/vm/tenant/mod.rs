@@ -5,6 +5,6 @@ mod lifecycle;
 mod sealing;
 mod secrets;
 
-pub use config::{NetworkSpec, Quotas, TenantDoc};
+pub use config::{NetworkSpec, Quotas, Remains, TenantDoc};
 pub use sealing::NodeSealer;
 pub use secrets::{MAX_SECRET, MAX_SECRETS, SealedSecret, SecretChange, SecretsDoc, unsealed};
