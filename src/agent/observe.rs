@@ -11,7 +11,7 @@ use crate::vm::instance::InstanceDoc;
 use crate::vm::keys;
 use crate::vm::node::Node;
 use crate::vm::pool::PoolDoc;
-use crate::vm::tenant::TenantDoc;
+use crate::vm::tenant::{Remains, TenantDoc};
 use crate::vmm::Liveness;
 
 /// Everything that a plan depends on besides what is desired, the time and the options.
@@ -27,10 +27,12 @@ pub struct Observed {
     pub retired_net_ids: BTreeSet<TenantNetId>,
     /// The tenants that are there.
     pub tenants: BTreeMap<TenantId, ObservedTenant>,
+    /// Tenants whose document is gone, or cannot be read: what they have stays, and nobody else gets it.
+    pub orphans: BTreeMap<TenantId, Orphan>,
     /// Bridges and rules.
     pub network: ObservedNetwork,
-    /// Bridges of tenants whose document was moved aside; they stay.
-    pub kept_bridges: BTreeSet<String>,
+    /// What creations left that were cut off before the first document was whole: tenants, pools and instances.
+    pub unfinished: Vec<String>,
     /// What could not be read: quarantined documents and the like, in words.
     pub problems: Vec<String>,
 }
@@ -42,6 +44,32 @@ pub struct ObservedTenant {
     pub doc: TenantDoc,
     /// Its pools.
     pub pools: BTreeMap<PoolId, ObservedPool>,
+    /// Pools whose document is gone, or cannot be read.
+    pub orphans: BTreeMap<PoolId, Orphan>,
+}
+
+/// What there is of a tenant or a pool besides its own document.
+#[derive(Debug, Clone, Default)]
+pub struct Orphan {
+    /// The documents of its instances.
+    pub instances: Vec<InstanceDoc>,
+    /// Why not all of them are known, where it is so.
+    pub unknown: Option<String>,
+}
+
+impl Orphan {
+    /// What is known of its network.
+    pub fn remains(&self) -> Remains {
+        Remains { places: self.instances.iter().map(InstanceDoc::place).collect(), unknown: self.unknown.clone() }
+    }
+}
+
+impl ObservedTenant {
+    /// The documents of all its instances.
+    pub fn instances(&self) -> impl Iterator<Item = &InstanceDoc> {
+        let orphans = self.orphans.values().flat_map(|orphan| &orphan.instances);
+        self.pools.values().flat_map(|pool| &pool.instances).map(|one| &one.doc).chain(orphans)
+    }
 }
 
 /// One pool that is there.
@@ -92,10 +120,22 @@ impl Observed {
     pub fn ruleset(&self) -> Ruleset {
         let tenants = self.tenants.values().map(|tenant| {
             let network = tenant.doc.network.network();
-            let instances = tenant.pools.values().flat_map(|pool| &pool.instances).map(|one| one.doc.network(&network)).collect();
-            (network, instances)
+            (network, tenant.instances().map(|doc| doc.network(&network)).collect())
         });
         Ruleset { tenants: tenants.collect() }
+    }
+
+    /// The bridges of tenants whose document is gone; they stay.
+    pub fn kept_bridges(&self) -> BTreeSet<String> {
+        self.orphans.values().flat_map(|orphan| &orphan.instances).map(|doc| crate::net::bridge_name(doc.net_id)).collect()
+    }
+
+    /// Names the TAP of an instance when its machine runs and the TAP is gone: somebody removed it, and nothing reaches the guest any
+    /// more, nor does the guest reach anything.
+    pub fn lost_tap(&self, one: &ObservedInstance) -> Option<String> {
+        let name = crate::net::tap_name(one.doc.net_id, one.doc.offset);
+        let runs = one.doc.state.vm().is_some() && one.liveness == Liveness::Alive && one.doc.transition.is_none();
+        (runs && !self.network.taps.contains(&name)).then_some(name)
     }
 
     /// Returns the hash of the rules that the documents give; `None` without tenants, who need no rules.
@@ -111,23 +151,29 @@ impl Observed {
 pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     let mut problems = Vec::new();
     let mut tenants = BTreeMap::new();
-    let mut kept_bridges = BTreeSet::new();
+    let mut orphans = BTreeMap::new();
+    let mut unfinished = Vec::new();
+    problems.extend(Node::lost_node_doc(node.documents())?);
     for id in node.tenant_dirs()? {
         match node.documents().read::<TenantDoc>(&keys::tenant_doc(&id)) {
             Ok(Some(doc)) => {
-                let pools = observe_pools(node, &id, &mut problems)?;
-                tenants.insert(id, ObservedTenant { doc, pools });
+                let tenant = observe_pools(node, doc, &mut problems, &mut unfinished)?;
+                tenants.insert(id, tenant);
+                continue;
             }
-            // A directory without a document: a tenant that was never finished, or whose document was moved aside.
-            Ok(None) => {
-                let docs = node.tenant_instances(&id, &mut problems)?;
-                kept_bridges.extend(docs.iter().map(|doc| crate::net::bridge_name(doc.net_id)));
-                if !docs.is_empty() {
-                    problems.push(format!("tenant {id} has no document; put back the one that was moved aside, or apply the fleet again"));
-                }
+            Ok(None) if node.documents().raw().is_unfinished(&keys::tenant_dir(&id))? => {
+                unfinished.push(id.to_string());
+                continue;
             }
+            // Its document was moved aside.
+            Ok(None) if !node.pool_dirs(&id)?.is_empty() => {
+                problems.push(format!("tenant {id} has no document; put back the one that was moved aside, or apply the fleet again"));
+            }
+            Ok(None) => continue,
             Err(error) => problems.push(with_causes(&error)),
         }
+        let orphan = adopt(&mut problems, |problems| node.tenant_instances(&id, problems))?;
+        orphans.insert(id, orphan);
     }
     Ok(Observed {
         node: node.id.clone(),
@@ -135,24 +181,45 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
         overhead_mib: node.vmm().overhead_mib(),
         retired_net_ids: node.retired_net_ids()?,
         tenants,
+        orphans,
         network: node.host().observe_network()?,
-        kept_bridges,
+        unfinished,
         problems,
     })
 }
 
-fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> Result<BTreeMap<PoolId, ObservedPool>, LifecycleError> {
-    let mut pools = BTreeMap::new();
-    for pool in node.pool_dirs(tenant)? {
+/// Reads the instances of what has no document of its own.
+fn adopt(
+    problems: &mut Vec<String>,
+    read: impl FnOnce(&mut Vec<String>) -> Result<Vec<InstanceDoc>, LifecycleError>,
+) -> Result<Orphan, LifecycleError> {
+    let before = problems.len();
+    let instances = read(problems)?;
+    Ok(Orphan { instances, unknown: problems.get(before).cloned() })
+}
+
+fn observe_pools(
+    node: &Node,
+    doc: TenantDoc,
+    problems: &mut Vec<String>,
+    unfinished: &mut Vec<String>,
+) -> Result<ObservedTenant, LifecycleError> {
+    let (mut pools, mut orphans) = (BTreeMap::new(), BTreeMap::new());
+    let (dirs, empty) = node.all_pool_dirs(&doc.tenant_id)?;
+    unfinished.extend(empty.iter().map(ToString::to_string));
+    let mut cut_off = Vec::new();
+    for pool in dirs {
         let id = pool.pool.clone();
-        let doc = match node.documents().read::<PoolDoc>(&keys::pool_doc(&pool)) {
-            Ok(Some(doc)) => doc,
-            Ok(None) => {
-                problems.push(format!("pool {pool} has no document; put back the one that was moved aside, or apply the fleet again"));
-                continue;
-            }
-            Err(error) => {
-                problems.push(with_causes(&error));
+        let read = match node.documents().read::<PoolDoc>(&keys::pool_doc(&pool)) {
+            Ok(Some(doc)) => Ok(doc),
+            Ok(None) => Err(format!("pool {pool} has no document; put back the one that was moved aside, or apply the fleet again")),
+            Err(error) => Err(with_causes(&error)),
+        };
+        let doc = match read {
+            Ok(doc) => doc,
+            Err(problem) => {
+                problems.push(problem);
+                orphans.insert(id, adopt(problems, |problems| node.pool_instances(&pool, problems))?);
                 continue;
             }
         };
@@ -161,13 +228,14 @@ fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> 
             _ => ImagePresence::Missing,
         };
         let mut instances = Vec::new();
-        for doc in node.pool_instances(&pool, problems)? {
+        for doc in node.all_pool_instances(&pool, problems, &mut cut_off)? {
             instances.push(observe_instance(node, doc)?);
         }
         instances.sort_by(|a, b| a.age().cmp(&b.age()));
         pools.insert(id, ObservedPool { doc, image, instances });
     }
-    Ok(pools)
+    unfinished.extend(cut_off.iter().map(ToString::to_string));
+    Ok(ObservedTenant { doc, pools, orphans })
 }
 
 fn observe_instance(node: &Node, doc: InstanceDoc) -> Result<ObservedInstance, LifecycleError> {

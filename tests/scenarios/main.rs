@@ -5,4 +5,6 @@ mod kill;
 mod order;
 mod quota;
 mod scale;
+mod slow;
+mod torn;
 mod world;
