@@ -60,8 +60,8 @@
       checks = forSystems (
         system: pkgs:
         evaluations.${system}
-        // {
-          host = pkgs.writeText "evaluates-mvm-host" (
+        // lib.optionalAttrs pkgs.stdenv.hostPlatform.isx86_64 {
+          evaluates-host = pkgs.writeText "evaluates-host" (
             builtins.unsafeDiscardStringContext
               (lib.nixosSystem {
                 inherit system;
