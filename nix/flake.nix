@@ -18,7 +18,18 @@
       # For users' own flakes: mkGuest, mkGuests, mkImages, mkChecks, readManifest.
       lib = mvmLib;
 
-      packages = forSystems (system: pkgs: images.${system} // import ./packages { inherit pkgs; });
+      packages = forSystems (
+        system: pkgs:
+        let
+          own = import ./packages { inherit pkgs; };
+        in
+        images.${system}
+        // own
+        // {
+          # Builds all of them.
+          everything = pkgs.linkFarm "mvm-everything" (images.${system} // own);
+        }
+      );
 
       nixosModules =
         lib.mapAttrs' (name: module: lib.nameValuePair "role-${name}" module) mvmLib.modules.roles

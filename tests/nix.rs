@@ -127,7 +127,7 @@ fn packages_are_those_of_the_manifest() {
     let packages = Nix::new().evaluate("packages", &[]).unwrap();
     for system in SYSTEMS {
         let mut expected = images(&manifest("nix/mvm-profiles.toml"));
-        expected.insert("mvm-guest-agent".into());
+        expected.extend(["mvm-guest-agent".into(), "everything".into()]);
         if system == "x86_64-linux" {
             expected.extend(["mvm".into(), "default".into()]);
         }
@@ -188,6 +188,30 @@ fn the_host_starts_commands_that_mvm_understands() {
             panic!("{command}: {error}");
         }
     }
+}
+
+#[test]
+fn declarations_come_to_units_drives_and_an_image() {
+    let guest = Nix::new().evaluate("guest", &[]).unwrap();
+    assert_eq!(guest["agent"], "notify");
+    assert_eq!(guest["secrets"], json!(["/run/secrets/token"]));
+    assert_eq!(guest["started"], json!(["sync.service"]));
+    assert_eq!(guest["targets"], json!(["mvm-drain", "mvm-post-wake", "mvm-pre-sleep"]));
+    let hooks = ["drain", "post-wake", "pre-sleep"].map(|moment| format!("mvm/hooks/{moment}.d/50-systemd"));
+    assert_eq!(guest["hooks"], json!(hooks));
+    let moments = json!({
+        "mvm-drain-worker": ["mvm-drain.target"],
+        "mvm-post-wake-services": ["mvm-post-wake.target"],
+        "mvm-post-wake-worker": ["mvm-post-wake.target"],
+        "mvm-pre-sleep-flush": ["mvm-pre-sleep.target"],
+    });
+    assert_eq!(guest["moments"], moments);
+    assert!(guest["drain"].as_str().unwrap().contains("systemctl stop -- 'sync.service'"), "{guest}");
+    let drive = &guest["drive"];
+    assert_eq!(drive["device"], "/dev/disk/by-label/mvm-models");
+    assert_eq!(drive["options"], json!(["nofail", "x-systemd.device-timeout=5s", "nosuid", "nodev", "ro"]));
+    assert_eq!((&guest["root"]["fsType"], &guest["root"]["device"]), (&json!("erofs"), &json!("/dev/vda")));
+    assert_eq!((&guest["vmm"]["root_format"], &guest["vmm"]["min_mem_mib"]), (&json!("erofs"), &json!(356)));
 }
 
 /// The stub finds what it is there for; each sample says what its message must hold.
@@ -305,7 +329,10 @@ fn a_gateway_refuses_a_document_that_it_does_not_understand() {
 fn a_capability_reaches_its_tenant_only() {
     let text = rules("capability-imessage", &guest_config(), &Value::Null, &Value::Null).unwrap();
     let accepted: Vec<&str> = text.lines().map(str::trim).filter(|line| line.ends_with("accept")).collect();
-    assert_eq!(accepted, ["iifname \"lo\" accept", "ip saddr 10.240.1.3/24 accept", "oifname \"lo\" accept", "ip daddr 10.240.1.3/24 accept"]);
+    assert_eq!(
+        accepted,
+        ["iifname \"lo\" accept", "ip saddr 10.240.1.3/24 accept", "oifname \"lo\" accept", "ip daddr 10.240.1.3/24 accept"]
+    );
     assert_eq!(text.matches("policy drop").count(), 2);
 }
 
@@ -356,7 +383,7 @@ fn build_job(nix: &Nix, job: &Path, result: &Path) -> (bool, Value) {
 fn a_builder_builds_its_job_and_says_what_became_of_it() {
     let (nix, flake) = (Nix::new(), example());
     let (job, result) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let mut say = |text: &str| fs::File::create(job.path().join("job.json")).unwrap().write_all(text.as_bytes()).unwrap();
+    let say = |text: &str| fs::File::create(job.path().join("job.json")).unwrap().write_all(text.as_bytes()).unwrap();
     let flake = flake.path().display();
 
     say(&json!({ "version": 1, "installable": format!("path:{flake}#tenant-probe-plain") }).to_string());

@@ -17,6 +17,14 @@ let
     { ending = "timer"; of = config.systemd.timers; }
     { ending = "path"; of = config.systemd.paths; }
   ];
+  # What the declaration of secrets below adds to a service is not a service.
+  starts =
+    unit:
+    let
+      service = config.systemd.services.${lib.removeSuffix ".service" unit} or null;
+    in
+    service != null && (service.script != "" || service.serviceConfig ? ExecStart);
+  secretive = lib.filter (service: service.secrets != [ ]) cfg.services;
 in
 {
   imports = [
@@ -43,12 +51,32 @@ in
       description = "The profile of this guest; part of the image's name, and in `/etc/mvm/image.json`.";
     };
     services = lib.mkOption {
-      type = lib.types.listOf lib.types.str;
+      type = lib.types.listOf (
+        lib.types.submodule {
+          options = {
+            unit = lib.mkOption {
+              type = lib.types.str;
+              description = "The unit, with its ending.";
+            };
+            secrets = lib.mkOption {
+              type = lib.types.listOf lib.types.str;
+              default = [ ];
+              description = "Secrets without which a service is not started.";
+            };
+          };
+        }
+      );
       default = [ ];
-      example = [ "web.service" ];
+      example = [
+        {
+          unit = "sync.service";
+          secrets = [ "sync-token" ];
+        }
+      ];
       description = ''
         Units that must be active before the guest counts as ready, as the manifest names them. They are started at
-        boot, and a unit that the image does not have is refused.
+        boot, after the agent, and a unit that the image does not have is refused. One that needs secrets is started
+        when they are there, at boot or after a wake.
       '';
     };
     ports = lib.mkOption {
@@ -81,10 +109,14 @@ in
 
   config = {
     assertions =
-      map (unit: {
-        assertion = lib.elem unit units;
-        message = "mvm: ${called}: the manifest's services name ${unit}, and the image has no such unit";
+      map (service: {
+        assertion = lib.elem service.unit units && (service.secrets == [ ] || starts service.unit);
+        message = "mvm: ${called}: the manifest's services name ${service.unit}, and the image has no such unit";
       }) cfg.services
+      ++ map (service: {
+        assertion = lib.hasSuffix ".service" service.unit;
+        message = "mvm: ${called}: the manifest gives ${service.unit} secrets, and only a service can need them";
+      }) secretive
       ++ [
         {
           assertion = !config.services.openssh.enable;
@@ -102,7 +134,26 @@ in
     };
 
     # What must be active must also be started.
-    systemd.targets.multi-user.wants = cfg.services;
+    systemd.targets.multi-user.wants = map (service: service.unit) cfg.services;
+    systemd.services = lib.listToAttrs (
+      map (service: {
+        name = lib.removeSuffix ".service" service.unit;
+        value = {
+          after = [ "mvm-guest-agent.service" ];
+          unitConfig.ConditionPathExists = map (secret: "/run/secrets/${secret}") service.secrets;
+        };
+      }) secretive
+    )
+    // {
+      # Nobody logs in: commands come through the agent, and the serial console is written to a file by the host.
+      "getty@tty1".enable = false;
+      "serial-getty@ttyS0".enable = false;
+      "serial-getty@hvc0".enable = false;
+    };
+    # Secrets may have come while the guest slept.
+    mvm.hooks.postWake = lib.mkIf (secretive != [ ]) {
+      services = "systemctl start -- ${lib.escapeShellArgs (map (service: service.unit) secretive)}";
+    };
 
     networking = {
       # The agent names the guest as the config drive says.
@@ -120,12 +171,8 @@ in
     # Only a gateway forwards; the agent sets it again from the config drive.
     boot.kernel.sysctl."net.ipv4.ip_forward" = lib.mkDefault 0;
 
-    # Nobody logs in: commands come through the agent, and the serial console is written to a file by the host.
     users.mutableUsers = false;
     users.allowNoPasswordLogin = true;
-    systemd.services."getty@tty1".enable = false;
-    systemd.services."serial-getty@ttyS0".enable = false;
-    systemd.services."serial-getty@hvc0".enable = false;
     # systemd would offer SSH over vsock where it finds an sshd.
     systemd.generators.systemd-ssh-generator = "/dev/null";
 

@@ -38,26 +38,36 @@ let
       is = v: builtins.isInt v && v >= 0;
     };
     ports = {
-      called = "a list of { port = 1..65535, protocol = \"tcp\" or \"udp\" }";
+      called = "a list of { port = 1..65535, protocol = \"tcp\" (or left out) or \"udp\" }";
       is = v: builtins.isList v && builtins.all isPort v;
     };
-    units = {
-      called = "a list of systemd units with their ending, such as [\"web.service\"]";
-      is = v: builtins.isList v && builtins.all (u: builtins.isString u && builtins.match "[A-Za-z0-9:_.@-]+\\.(service|socket|target|timer|mount|path)" u != null) v;
+    services = {
+      called = "a list of systemd units with their ending, or of { unit, secrets = [\"…\"] }: [\"web.service\"]";
+      is = v: builtins.isList v && builtins.all (s: isUnit s || isService s) v;
     };
     handlers = {
       called = "a list of exec, shell, copy, logs";
       is = v: builtins.isList v && builtins.all (h: builtins.elem h [ "exec" "shell" "copy" "logs" ]) v;
     };
   };
+  only = allowed: set: removeAttrs set allowed == { };
   isPort =
     v:
     builtins.isAttrs v
-    && builtins.attrNames v == [ "port" "protocol" ]
-    && builtins.isInt v.port
+    && only [ "port" "protocol" ] v
+    && builtins.isInt (v.port or null)
     && v.port >= 1
     && v.port <= 65535
-    && builtins.elem v.protocol [ "tcp" "udp" ];
+    && builtins.elem (v.protocol or "tcp") [ "tcp" "udp" ];
+  isUnit = v: builtins.isString v && builtins.match "[A-Za-z0-9:_.@-]+\\.(service|socket|target|timer|path)" v != null;
+  isSecret = v: builtins.isString v && builtins.match "[A-Za-z0-9_-][A-Za-z0-9_.-]*" v != null;
+  isService =
+    v:
+    builtins.isAttrs v
+    && only [ "unit" "secrets" ] v
+    && isUnit (v.unit or null)
+    && builtins.isList (v.secrets or [ ])
+    && builtins.all isSecret (v.secrets or [ ]);
 
   profileKeys = {
     module = kinds.module;
@@ -70,7 +80,7 @@ let
     min_running = kinds.count;
     min_running_seconds = kinds.count;
     ports = kinds.ports;
-    services = kinds.units;
+    services = kinds.services;
     vsock_handlers = kinds.handlers;
   };
 
@@ -100,7 +110,16 @@ let
     else if !builtins.pathExists module then
       refuse object "there is no ${checked.module} in the flake"
     else
-      builtins.deepSeq checked (checked // { inherit module; });
+      builtins.deepSeq checked (
+        checked
+        // {
+          inherit module;
+        }
+        // lib.optionalAttrs (checked ? services) {
+          services = map (s: if builtins.isString s then { unit = s; } else s) checked.services;
+        }
+        // lib.optionalAttrs (checked ? ports) { ports = map (port: { protocol = "tcp"; } // port) checked.ports; }
+      );
 
   entries = kind: keys: tables: lib.mapAttrs (entry kind keys) tables;
 

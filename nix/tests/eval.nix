@@ -38,6 +38,40 @@ in
   # The command lines that the host's units start.
   commands = lib.mapAttrsToList (_: service: service.serviceConfig.ExecStart) host.systemd.services;
 
+  # What declarations come to in a guest that makes use of everything.
+  guest =
+    let
+      config = guestOf "worker" [
+        {
+          mvm.services = [
+            {
+              unit = "sync.service";
+              secrets = [ "token" ];
+            }
+          ];
+          systemd.services.sync.script = "sleep infinity";
+          mvm.worker.drainUnits = [ "sync.service" ];
+          mvm.hooks.preSleep.flush = "sync";
+          mvm.drives.models.fsType = "erofs";
+          mvm.image.format = "erofs";
+          mvm.memoryMiB.sync = 100;
+        }
+      ];
+      inherit (config.systemd) services targets;
+    in
+    {
+      agent = services.mvm-guest-agent.serviceConfig.Type;
+      secrets = services.sync.unitConfig.ConditionPathExists;
+      started = targets.multi-user.wants;
+      targets = builtins.filter (lib.hasPrefix "mvm-") (builtins.attrNames targets);
+      hooks = builtins.filter (lib.hasPrefix "mvm/hooks/") (builtins.attrNames config.environment.etc);
+      moments = lib.mapAttrs (_: service: service.wantedBy) (lib.filterAttrs (name: _: builtins.match "mvm-(drain|pre-sleep|post-wake)-.*" name != null) services);
+      drain = services.mvm-drain-worker.script;
+      drive = config.fileSystems."/models";
+      root = config.fileSystems."/nix/store";
+      inherit (config.system.build.mvmImage) vmm;
+    };
+
   # What must fail: a module in a guest of a role, or on a host; a manifest.
   bad =
     { role, module }:

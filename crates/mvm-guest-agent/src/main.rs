@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mvm_guest_agent::agent::{Agent, Manage, Settings};
 use mvm_guest_agent::service::Service;
 use mvm_guest_agent::setup::{Occasion, set_up};
-use mvm_guest_agent::{boot, network, port, power, session};
+use mvm_guest_agent::{boot, network, notify, port, power, session};
 use mvm_guest_api::{BUSY_DIR, CONFIG_DIR, CONFIG_FILE, HOOKS_DIR};
 
 #[global_allocator]
@@ -91,6 +91,9 @@ async fn serve(settings: Settings, sockets: Vec<PathBuf>) -> Result<(), String> 
     set_up(&agent, Occasion::Boot);
     agent.state().holding = None;
     agent.note_ready();
+    if let Err(error) = notify::started() {
+        agent.say(&format!("the service manager was not told: {error}"));
+    }
     let service = Service(agent.clone());
     if sockets.is_empty() {
         serve_ports(&agent, &service)?;

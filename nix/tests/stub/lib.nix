@@ -61,6 +61,7 @@ let
         start = stringLength text - stringLength suffix;
       in
       start >= 0 && substring start (-1) text == suffix;
+    removeSuffix = suffix: text: if hasSuffix suffix text then substring 0 (stringLength text - stringLength suffix) text else text;
     escapeShellArg = text: "'${replaceStrings [ "'" ] [ "'\\''" ] (toString text)}'";
     escapeShellArgs = texts: concatStringsSep " " (map escapeShellArg texts);
     concatMapStringsSep = separator: f: values: concatStringsSep separator (map f values);

@@ -69,6 +69,7 @@ let
     writeShellScript = text;
     writeShellApplication = { name, runtimeInputs, text }: package name { inherit text runtimeInputs; };
     closureInfo = { rootPaths }: package "closure-info" { roots = map (path: "${path}") rootPaths; };
+    linkFarm = name: links: package name { links = lib.mapAttrs (_: target: "${target}") links; };
     mkShell = { packages }: package "shell" { inputs = map (path: "${path}") packages; };
     formats.toml = _: {
       type = lib.types.attrsOf lib.types.anything;
