@@ -208,8 +208,11 @@ fn declarations_come_to_units_drives_and_an_image() {
     assert_eq!(guest["moments"], moments);
     assert!(guest["drain"].as_str().unwrap().contains("systemctl stop -- 'sync.service'"), "{guest}");
     let drive = &guest["drive"];
-    assert_eq!(drive["device"], "/dev/disk/by-label/mvm-models");
-    assert_eq!(drive["options"], json!(["nofail", "x-systemd.device-timeout=5s", "nosuid", "nodev", "ro"]));
+    assert_eq!((&drive["what"], &drive["where"]), (&json!("/dev/disk/by-label/mvm-models"), &json!("/models")));
+    assert_eq!((&drive["type"], &drive["options"]), (&json!("erofs"), &json!("nosuid,nodev,ro")));
+    // By its device, and by nothing else.
+    assert_eq!(drive["wantedBy"], json!([r"dev-disk-by\x2dlabel-mvm\x2dmodels.device"]));
+    assert_eq!(drive["requiredBy"], json!([]));
     assert_eq!((&guest["root"]["fsType"], &guest["root"]["device"]), (&json!("erofs"), &json!("/dev/vda")));
     assert_eq!((&guest["vmm"]["root_format"], &guest["vmm"]["min_mem_mib"]), (&json!("erofs"), &json!(356)));
 }

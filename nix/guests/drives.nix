@@ -58,7 +58,7 @@ in
             };
             timeoutSeconds = lib.mkOption {
               type = lib.types.ints.between 1 600;
-              default = 5;
+              default = 60;
               description = "How long units that need the drive wait for it; the boot waits for none.";
             };
           };
@@ -94,25 +94,24 @@ in
       ]
     ) (lib.attrNames drives);
 
-    fileSystems = lib.mapAttrs' (
-      _: drive:
-      lib.nameValuePair drive.mountPoint {
-        device = "/dev/disk/by-label/${drive.label}";
-        inherit (drive) fsType;
-        noCheck = true;
-        options =
-          [
-            # An absent drive is no failure, and nobody waits for it at boot.
-            "nofail"
-            "x-systemd.device-timeout=${toString drive.timeoutSeconds}s"
-            "nosuid"
-            "nodev"
-          ]
-          ++ lib.optional drive.readOnly "ro"
-          # Nothing to replay: the host may share the drive read-only.
-          ++ lib.optional (drive.readOnly && drive.fsType == "ext4") "noload";
-      }
-    ) drives;
+    # Mounted when the device appears, whenever that is: nothing of the boot asks for it.
+    systemd.mounts = map (drive: {
+      description = "Drive ${drive.label}";
+      what = "/dev/disk/by-label/${drive.label}";
+      where = drive.mountPoint;
+      type = drive.fsType;
+      options = lib.concatStringsSep "," (
+        [
+          "nosuid"
+          "nodev"
+        ]
+        ++ lib.optional drive.readOnly "ro"
+        # Nothing to replay: the host may share the drive read-only.
+        ++ lib.optional (drive.readOnly && drive.fsType == "ext4") "noload"
+      );
+      wantedBy = [ "dev-disk-by\\x2dlabel-${lib.replaceStrings [ "-" ] [ "\\x2d" ] drive.label}.device" ];
+      unitConfig.JobTimeoutSec = drive.timeoutSeconds;
+    }) (lib.attrValues drives);
 
     # The agent's mount points, and where it looks for programs: `mvm exec` and workloads find what the image has.
     systemd.tmpfiles.rules = [

@@ -67,7 +67,7 @@ in
       hooks = builtins.filter (lib.hasPrefix "mvm/hooks/") (builtins.attrNames config.environment.etc);
       moments = lib.mapAttrs (_: service: service.wantedBy) (lib.filterAttrs (name: _: builtins.match "mvm-(drain|pre-sleep|post-wake)-.*" name != null) services);
       drain = services.mvm-drain-worker.script;
-      drive = config.fileSystems."/models";
+      drive = removeAttrs (builtins.head config.systemd.mounts) [ "description" ];
       root = config.fileSystems."/nix/store";
       inherit (config.system.build.mvmImage) vmm;
     };

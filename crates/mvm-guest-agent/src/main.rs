@@ -1,5 +1,6 @@
 //! `mvm-guest-agent`: PID 1 of the built-in image, or `mvm-guest-agent serve` as a service.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -113,8 +114,11 @@ async fn serve(settings: Settings, sockets: Vec<PathBuf>) -> Result<(), String> 
 
 fn prepare_run(agent: &Agent) {
     let make = |path: &str, mode: u32| {
-        let made =
-            std::fs::create_dir_all(path).and_then(|()| std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)));
+        let made = std::fs::create_dir_all(path).and_then(|()| {
+            // What an agent that was started again finds may be read-only by now.
+            let is = std::fs::metadata(path)?.permissions().mode() & 0o7777;
+            if is == mode { Ok(()) } else { std::fs::set_permissions(path, PermissionsExt::from_mode(mode)) }
+        });
         if let Err(error) = made {
             agent.say(&format!("{path}: {error}"));
         }

@@ -53,6 +53,7 @@ let
   };
 
   strings = rec {
+    inherit replaceStrings;
     optionalString = condition: text: if condition then text else "";
     hasPrefix = prefix: text: substring 0 (stringLength prefix) text == prefix;
     hasSuffix =

@@ -151,6 +151,15 @@ in
     };
     systemd = {
       generators = option (attrsOf path) { };
+      mounts = option (listOf (submodule {
+        options = dependencies // {
+          what = mkOption { type = str; };
+          where = mkOption { type = str; };
+          type = option str "";
+          options = option str "";
+          mountConfig = option section { };
+        };
+      })) [ ];
       package = option package pkgs.systemd;
       paths = unit { pathConfig = option section { }; };
       services = unit {
