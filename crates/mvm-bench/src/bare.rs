@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use mvm::guest::{GuestClient, Purpose};
+use mvm::guest::{GuestClient, GuestControl, Purpose, WakeFixup};
 use mvm_hostd::netlink::Netlink;
 use mvm_hostd::tap::{TapSpec, create_tap};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -224,8 +224,9 @@ impl Prepared {
         Ok((begun.elapsed(), running))
     }
 
-    /// Restores it, lets it run and waits for its agent's first answer; tells how long that took.
-    pub fn restore(self) -> Result<(Duration, Running), String> {
+    /// Restores it, lets it run, and has its agent set it right; tells how long the agent's first answer took, and how long it took
+    /// until the guest was ready.
+    pub fn restore(self) -> Result<(Duration, Duration, Running), String> {
         let run = self.run.clone();
         let (begun, running) = self.launch()?;
         // QEMU goes on by itself once the state is read, when it was told so before.
@@ -234,8 +235,9 @@ impl Prepared {
             .write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"cont\"}\n")
             .map_err(|error| format!("a bare QEMU takes no commands: {error}"))?;
         let mut client = connect(&run)?;
-        client.status(PATIENCE).map_err(|error| error.to_string())?;
-        Ok((begun.elapsed(), running))
+        let answered = begun.elapsed();
+        client.wake(&WakeFixup { entropy: [7; 64] }, Instant::now() + PATIENCE).map_err(|error| error.to_string())?;
+        Ok((answered, begun.elapsed(), running))
     }
 
     fn launch(mut self) -> Result<(Instant, Running), String> {

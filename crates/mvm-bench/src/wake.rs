@@ -8,7 +8,8 @@ use crate::live::Live;
 use crate::measure::{Pairs, Samples};
 
 /// The figures of this part.
-pub const NAMES: [&str; 4] = ["wake/against-bare", "wake/512-against-128", "sleep/512-against-128", "sleep/first-512-against-128"];
+pub const NAMES: [&str; 5] =
+    ["wake/against-bare", "wake/against-first-word", "wake/512-against-128", "sleep/512-against-128", "sleep/first-512-against-128"];
 
 /// How many times as long as bare a wake may take.
 const AGAINST_BARE: f64 = 1.15;
@@ -22,6 +23,8 @@ struct Subject<'a> {
     snapshot: Snapshot,
     dir: std::path::PathBuf,
     wakes: Pairs,
+    /// How long a bare guest's agent took to its first word, at which nothing is set right yet.
+    first_words: Samples,
     sleeps: Samples,
     /// Sleeps of a guest that was booted, and not woken: all of its memory is written.
     first_sleeps: Samples,
@@ -38,7 +41,16 @@ impl<'a> Subject<'a> {
         let machine = live.machine(at)?;
         live.ask("sleep", at)?;
         let snapshot = Snapshot::copy(&live.state_of(at)?, &live.bare_dir(&format!("{name}-snapshot"))?)?;
-        Ok(Subject { at, machine, snapshot, dir, wakes: Pairs::default(), sleeps: Samples::default(), first_sleeps })
+        Ok(Subject {
+            at,
+            machine,
+            snapshot,
+            dir,
+            wakes: Pairs::default(),
+            first_words: Samples::default(),
+            sleeps: Samples::default(),
+            first_sleeps,
+        })
     }
 
     fn first_sleep(&mut self, live: &Live) -> Result<(), String> {
@@ -50,13 +62,17 @@ impl<'a> Subject<'a> {
 
     /// Measures one more wake, sleep and bare restore.
     fn round(&mut self, live: &Live) -> Result<(), String> {
-        let Subject { at, machine, snapshot, dir, wakes, sleeps, .. } = self;
+        let Subject { at, machine, snapshot, dir, wakes, first_words, sleeps, .. } = self;
         let ours = || {
             let took = live.ask("wake", at)?;
             sleeps.add(live.ask("sleep", at)?);
             Ok(took)
         };
-        let bare = || machine.prepare_restore(snapshot, dir)?.restore().map(|(took, _)| took);
+        let bare = || {
+            let (first_word, ready, _running) = machine.prepare_restore(snapshot, dir)?.restore()?;
+            first_words.add(first_word);
+            Ok(ready)
+        };
         wakes.round(ours, bare)
     }
 }
@@ -91,10 +107,18 @@ pub fn measure(live: &Live, selection: &Selection) -> Result<Vec<Figure>, String
             unit: Unit::Times,
             limit: Some(Limit::AtMost(AGAINST_BARE)),
             samples: rounds,
-            detail: format!("mvm instance wake of 128 MiB against the agent's first answer: {}", small.wakes.words()),
+            detail: format!("mvm instance wake of 128 MiB until the guest is set right: {}", small.wakes.words()),
         },
-        against(NAMES[1], &small.wakes.ours, &large.wakes.ours, "mvm instance wake"),
-        against(NAMES[2], &small.sleeps, &large.sleeps, "mvm instance sleep after a wake"),
-        against(NAMES[3], &small.first_sleeps, &large.first_sleeps, "mvm instance sleep after a boot"),
+        Figure {
+            name: NAMES[1].to_owned(),
+            measured: small.wakes.ours.median() / small.first_words.median(),
+            unit: Unit::Times,
+            limit: None,
+            samples: rounds,
+            detail: format!("the same against a bare agent's first word, at which nothing is set right yet: {}", small.first_words.words()),
+        },
+        against(NAMES[2], &small.wakes.ours, &large.wakes.ours, "mvm instance wake"),
+        against(NAMES[3], &small.sleeps, &large.sleeps, "mvm instance sleep after a wake"),
+        against(NAMES[4], &small.first_sleeps, &large.first_sleeps, "mvm instance sleep after a boot"),
     ])
 }
