@@ -24,6 +24,8 @@ pub struct Machine {
     pub acceleration: Option<String>,
     /// The file system below the state directory, by its type.
     pub file_system: String,
+    /// How many processes wanted a processor in the minute before it began: above a few tenths, others were at work, too.
+    pub load: f64,
 }
 
 impl Machine {
@@ -40,6 +42,7 @@ impl Machine {
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             qemu: program::output("qemu-system-x86_64", &["--version"])?.lines().next().unwrap_or_default().to_owned(),
             acceleration: None,
+            load: fs::read_to_string("/proc/loadavg").ok().and_then(|text| text.split(' ').next()?.parse().ok()).unwrap_or(f64::NAN),
             file_system: program::output("stat", &["-f", "-c", "%T", dir])?.trim().to_owned(),
         })
     }
@@ -47,11 +50,11 @@ impl Machine {
 
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Machine { cpu, cores, memory_mib, kernel, qemu, acceleration, file_system } = self;
+        let Machine { cpu, cores, memory_mib, kernel, qemu, acceleration, file_system, load } = self;
         write!(f, "{cpu}, {cores} cores, {memory_mib} MiB, Linux {kernel}, {file_system}; {qemu}")?;
-        match acceleration {
-            Some(acceleration) => write!(f, ", guests by {acceleration}"),
-            None => Ok(()),
+        if let Some(acceleration) = acceleration {
+            write!(f, ", guests by {acceleration}")?;
         }
+        write!(f, "; load {load}")
     }
 }
