@@ -355,8 +355,9 @@ impl Node {
         problems: &mut Vec<String>,
         unfinished: &mut Vec<InstanceAddress>,
     ) -> Result<Vec<InstanceDoc>, LifecycleError> {
-        let mut docs = Vec::new();
-        for id in self.instances(pool)? {
+        let ids = self.instances(pool)?;
+        let mut docs = Vec::with_capacity(ids.len());
+        for id in ids {
             let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
             match self.documents().read(&keys::instance_doc(&at)) {
                 Ok(Some(doc)) => docs.push(doc),
