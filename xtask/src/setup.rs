@@ -17,6 +17,8 @@ pub const FLEETS: [(&str, &str); 4] =
 /// evaluate and build with Nix, and run what writes a gateway's rules.
 pub const TESTS: [(&str, &str); 8] =
     [FLEETS[0], FLEETS[1], FLEETS[2], FLEETS[3], ("ip", "iproute2"), ("g++", "g++"), ("nix-instantiate", "nix-bin"), ("jq", "jq")];
+/// For measuring: `strace` counts what a pass asks of the kernel.
+pub const BENCH: [(&str, &str); 6] = [FLEETS[0], FLEETS[1], FLEETS[2], FLEETS[3], ("strace", "strace"), ("unshare", "util-linux")];
 
 /// Where programs of the system are, whatever PATH says.
 const SYSTEM: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
