@@ -83,8 +83,14 @@ pub fn run(globals: &Globals) -> CliResult {
     };
     check("cgroup v2", true, format!("{controllers}; mvm sets no limits with them yet: only its quotas bound CPU and memory"), "");
     let remedy = "restore the document from a backup, or apply the fleet again; without root they cannot be read";
-    match opened.and_then(|opened| Ok(observe(&opened.node)?)) {
-        Ok(observed) => observed.problems.into_iter().for_each(|problem| check("documents", false, problem, remedy)),
+    let problems = opened.and_then(|opened| {
+        let observed = observe(&opened.node)?;
+        let secrets = observed.tenants.values().filter_map(|tenant| opened.node.secrets(&tenant.doc).err());
+        let secrets: Vec<String> = secrets.map(|error| with_causes(&error)).collect();
+        Ok([observed.problems, secrets].concat())
+    });
+    match problems {
+        Ok(problems) => problems.into_iter().for_each(|problem| check("documents", false, problem, remedy)),
         Err(error) => check("documents", false, error.text, remedy),
     }
     print_rows(&checks, globals.format())?;
