@@ -10,7 +10,7 @@ use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::instance::InstanceDoc;
 use crate::vm::keys;
 use crate::vm::node::Node;
-use crate::vm::pool::PoolDoc;
+use crate::vm::pool::{BUILTIN, PoolDoc};
 use crate::vm::tenant::TenantDoc;
 use crate::vmm::Liveness;
 
@@ -60,6 +60,8 @@ pub struct ObservedPool {
 pub enum ImagePresence {
     /// It is.
     Present,
+    /// It is, and the flake has changed since the pool's newest build.
+    Outdated,
     /// It is not, or was never built.
     Missing,
 }
@@ -110,12 +112,13 @@ impl Observed {
 /// When the state directory or the host cannot be read at all. One document that cannot be read is a problem, and the others go on.
 pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     let mut problems = Vec::new();
+    let mut flakes = Flakes::new();
     let mut tenants = BTreeMap::new();
     let mut kept_bridges = BTreeSet::new();
     for id in node.tenant_dirs()? {
         match node.documents().read::<TenantDoc>(&keys::tenant_doc(&id)) {
             Ok(Some(doc)) => {
-                let pools = observe_pools(node, &id, &mut problems)?;
+                let pools = observe_pools(node, &id, &mut flakes, &mut problems)?;
                 tenants.insert(id, ObservedTenant { doc, pools });
             }
             // A directory without a document: a tenant that was never finished, or whose document was moved aside.
@@ -141,7 +144,15 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     })
 }
 
-fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> Result<BTreeMap<PoolId, ObservedPool>, LifecycleError> {
+/// What the sources of flakes are now: each is looked at once in a pass, however many pools share it.
+type Flakes = BTreeMap<String, Result<Option<String>, String>>;
+
+fn observe_pools(
+    node: &Node,
+    tenant: &TenantId,
+    flakes: &mut Flakes,
+    problems: &mut Vec<String>,
+) -> Result<BTreeMap<PoolId, ObservedPool>, LifecycleError> {
     let mut pools = BTreeMap::new();
     for pool in node.pool_dirs(tenant)? {
         let id = pool.pool.clone();
@@ -157,7 +168,10 @@ fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> 
             }
         };
         let image = match &doc.revision {
-            Some(revision) if node.images().open(revision).is_ok() => ImagePresence::Present,
+            Some(revision) if node.images().open(revision).is_ok() => match is_outdated(node, &doc, flakes) {
+                true => ImagePresence::Outdated,
+                false => ImagePresence::Present,
+            },
             _ => ImagePresence::Missing,
         };
         let mut instances = Vec::new();
@@ -168,6 +182,25 @@ fn observe_pools(node: &Node, tenant: &TenantId, problems: &mut Vec<String>) -> 
         pools.insert(id, ObservedPool { doc, image, instances });
     }
     Ok(pools)
+}
+
+/// Tells whether a pool's newest build is of something else than its flake is now. Its current revision may be an older one.
+fn is_outdated(node: &Node, doc: &PoolDoc, flakes: &mut Flakes) -> bool {
+    let spec = &doc.spec;
+    let Some(built) = &doc.built else { return spec.flake_ref != BUILTIN };
+    if !built.is_of(spec) {
+        return true;
+    }
+    if spec.flake_ref == BUILTIN {
+        return false;
+    }
+    match flakes.entry(spec.flake_ref.clone()).or_insert_with(|| node.images().fingerprint(&spec.flake_ref)) {
+        Ok(Some(now)) => built.fingerprint.as_ref() != Some(now),
+        // Only nix can tell, and `mvm pool build` asks it.
+        Ok(None) => false,
+        // The build says what is wrong.
+        Err(_) => true,
+    }
 }
 
 fn observe_instance(node: &Node, doc: InstanceDoc) -> Result<ObservedInstance, LifecycleError> {

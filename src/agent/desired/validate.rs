@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mvm_types::{PoolId, RoleError};
 
 use super::{DesiredState, DesiredTenant, Problem, SCHEMA_VERSION};
-use crate::vm::pool::{BUILTIN, PoolSpec};
+use crate::vm::pool::{BUILTIN, PoolSpec, check_reference};
 
 /// The most pools that a tenant can have: what is looked at in pairs stays quick.
 const MAX_POOLS: usize = 4096;
@@ -97,8 +97,9 @@ pub fn pool_problems(pool: &PoolSpec) -> Vec<(String, String)> {
         found.push(("role".into(), RoleError::unknown(pool.role).to_string()));
     }
     if pool.flake_ref != BUILTIN {
-        let shown: String = pool.flake_ref.chars().take(80).collect();
-        found.push(("flake_ref".into(), format!("{shown:?} cannot be built by this version of mvm; only {BUILTIN:?} can")));
+        if let Err(why) = check_reference(&pool.flake_ref) {
+            found.push(("flake_ref".into(), format!("{why}; {BUILTIN:?} needs no flake")));
+        }
     } else if pool.profile.as_str() != "minimal" {
         found.push(("profile".into(), format!("{:?} is not in the built-in image; it has: minimal", pool.profile)));
     }

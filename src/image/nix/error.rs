@@ -141,6 +141,11 @@ impl BuildError {
     pub fn is_timeout(&self) -> bool {
         matches!(self, BuildError::Time { .. } | BuildError::Silence { .. })
     }
+
+    /// Whether trying the same again can help: what a flake says does not change by itself.
+    pub fn retry_can_help(&self) -> bool {
+        self.is_timeout() || matches!(self, BuildError::Unreachable { .. } | BuildError::Builder { .. } | BuildError::File { .. })
+    }
 }
 
 /// `90 s`.

@@ -8,14 +8,33 @@
 //! A builder evaluates and builds one attribute of a flake, and copies the result out of its Nix store into a directory of ours.
 //! It does not decide whether to build, and does not judge what it copied: that is one code for all builders.
 
+mod contents;
 mod error;
+pub mod fingerprint;
+mod git_index;
+mod host;
+mod log;
+mod process;
+mod reference;
+mod source;
+mod stored;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use contents::{RootFormat, VmmConfig};
 pub use error::BuildError;
+pub use host::{HostBuilder, parse_closure, sweep};
+pub use log::{Lines, Record, printable};
+pub use process::find_nix;
+pub use reference::{Reference, check as check_reference};
+pub use source::{Source, fetch};
+pub use stored::{FILES, FlakeImage, FlakeManifest};
+
+/// The name of a build's log in its work directory.
+pub const LOG: &str = "build.log";
 
 /// What to build.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +138,8 @@ pub trait FlakeBuilder: Send + Sync {
     fn kind(&self) -> BuilderKind;
 
     /// Builds a job, and puts its result into `into`, an empty directory.
+    ///
+    /// What the builder puts beside `into` goes with the build: the directory that both lie in is the build's own.
     ///
     /// # Errors
     /// Whatever went wrong; what is in `into` then is no result.
