@@ -92,6 +92,15 @@ pub enum PoolCommand {
         /// How long the build may say nothing
         #[arg(long, default_value = "5m", value_parser = span)]
         silence_timeout: Duration,
+        /// How many processes the build may have at a time
+        #[arg(long, default_value_t = Limits::default().processes, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        max_processes: u32,
+        /// How much memory the build may use, in MiB
+        #[arg(long, default_value_t = Limits::default().mem_mib, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+        max_mem_mib: u32,
+        /// How large the image may be, in MiB
+        #[arg(long, default_value_t = Limits::default().disk_mib, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+        max_image_mib: u64,
     },
     /// List the images that a pool had, the newest first
     #[command(after_help = "Example:\n  mvm pool revisions acme/web -o wide")]
@@ -200,8 +209,16 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             counts.sleeping = sleeping.unwrap_or(counts.sleeping);
             Ok(())
         })?,
-        PoolCommand::Build { pool, timeout, silence_timeout } => {
-            revisions::build(globals, node, &pool, Limits { time: timeout, silence: silence_timeout, ..Limits::default() })?;
+        PoolCommand::Build { pool, timeout, silence_timeout, max_processes, max_mem_mib, max_image_mib } => {
+            let limits = Limits {
+                time: timeout,
+                silence: silence_timeout,
+                processes: max_processes,
+                mem_mib: max_mem_mib,
+                disk_mib: max_image_mib,
+                ..Limits::default()
+            };
+            revisions::build(globals, node, &pool, limits)?;
             Exit::Done
         }
         PoolCommand::Revisions { pool } => {

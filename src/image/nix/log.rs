@@ -169,7 +169,7 @@ mod tests {
             record.push(&format!("line {n}"));
         }
         assert_eq!(record.last_line(), "line 99999");
-        assert_eq!(record.last(22), "line 99998; line 99999");
+        assert_eq!(record.last(24), "line 99998; line 99999");
         let dir = tempfile::tempdir().unwrap();
         record.save(&dir.path().join("log")).unwrap();
         let text = std::fs::read_to_string(dir.path().join("log")).unwrap();

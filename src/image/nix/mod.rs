@@ -71,7 +71,7 @@ impl Default for Limits {
         Self {
             time: Duration::from_secs(30 * 60),
             silence: Duration::from_secs(5 * 60),
-            log_bytes: 64 << 20,
+            log_bytes: 16 << 20,
             processes: 2048,
             mem_mib: 4096,
             disk_mib: 8192,

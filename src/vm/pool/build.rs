@@ -651,3 +651,167 @@ impl ImageSource for SimulatedImages {
         Ok(Vec::new())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::image::nix::{BuilderKind, ClosurePath, Provenance};
+
+    /// A builder that shares no store with this host and needs no nix; counts what it is asked for.
+    #[derive(Default)]
+    struct Fake {
+        asked: Mutex<Vec<String>>,
+        fails: AtomicBool,
+        delivers_no_kernel: AtomicBool,
+    }
+
+    impl FlakeBuilder for Fake {
+        fn kind(&self) -> BuilderKind {
+            BuilderKind::Vm
+        }
+
+        fn build(&self, job: &Job, into: &Path, watch: &dyn BuildWatch) -> Result<Provenance, BuildError> {
+            self.asked.lock().unwrap().push(job.attribute.clone());
+            watch.line("at work");
+            let mut kernel = vec![0; 4096];
+            kernel[..6].copy_from_slice(b"\x7fELF\x02\x01");
+            kernel[0x12] = 62;
+            if !self.delivers_no_kernel.load(Ordering::SeqCst) {
+                fs::write(into.join("vmlinux"), kernel).unwrap();
+            }
+            fs::write(into.join("rootfs"), [b"hsqs", &fs::read(job.tree.join("content")).unwrap()[..]].concat()).unwrap();
+            fs::write(into.join("vmm.json"), r#"{"version":1,"root_format":"squashfs","min_mem_mib":256}"#).unwrap();
+            if self.fails.load(Ordering::SeqCst) {
+                return Err(BuildError::Failed { attribute: job.attribute.clone(), said: "no".into() });
+            }
+            let closure = vec![ClosurePath { path: "/nix/store/a-image".into(), nar_hash: "sha256-a".into(), nar_size: 1 }];
+            Ok(Provenance { store_path: "/nix/store/a-image".into(), closure })
+        }
+    }
+
+    struct Bench {
+        dir: tempfile::TempDir,
+        images: NodeImages,
+        builder: Fake,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            fs::create_dir_all(dir.path().join("flake/nix")).unwrap();
+            let bench = Self { images: NodeImages::new(dir.path().join("images")), dir, builder: Fake::default() };
+            bench.write("flake.nix", "{}");
+            bench.write("content", "one");
+            bench
+        }
+
+        fn write(&self, name: &str, content: &str) {
+            fs::write(self.dir.path().join("flake").join(name), content).unwrap();
+        }
+
+        fn spec(&self, role: &str) -> PoolSpec {
+            let mut spec = PoolSpec::new("web".parse().unwrap(), role.parse().unwrap());
+            spec.flake_ref = format!("path:{}", self.dir.path().join("flake").display());
+            spec
+        }
+
+        fn build(&self, role: &str) -> Result<Origin, ImageError> {
+            let request = BuildRequest {
+                spec: &self.spec(role),
+                builder: &self.builder,
+                limits: Limits::default(),
+                watch: &super::super::Quiet,
+                log: Some(self.dir.path().join("log")),
+            };
+            self.images.ensure(&request)
+        }
+
+        fn asked(&self) -> Vec<String> {
+            std::mem::take(&mut self.builder.asked.lock().unwrap())
+        }
+    }
+
+    #[test]
+    fn an_image_is_built_once_for_the_same_sources_and_again_for_others() {
+        let bench = Bench::new();
+        let first = bench.build("worker").unwrap();
+        assert_eq!(bench.asked(), [format!("packages.{SYSTEM}.tenant-minimal")]);
+        let image = bench.images.open(&first.revision).unwrap();
+        assert_eq!((image.min_mem_mib, image.initrd), (256, None));
+        assert!(fs::read_to_string(bench.dir.path().join("log")).unwrap().contains("at work"));
+        assert_eq!(bench.build("worker").unwrap(), first);
+        // Without a manifest the role makes no difference.
+        assert_eq!(bench.build("gateway").unwrap().revision, first.revision);
+        assert_eq!(bench.asked(), Vec::<String>::new());
+        bench.write("content", "two");
+        let second = bench.build("worker").unwrap();
+        assert_ne!(second.revision, first.revision);
+        assert_ne!(second.fingerprint, first.fingerprint);
+        assert_eq!(bench.asked().len(), 1);
+        // Back to what it was: known already.
+        bench.write("content", "one");
+        assert_eq!(bench.build("worker").unwrap().revision, first.revision);
+        assert_eq!(bench.asked(), Vec::<String>::new());
+        // Other sources with the same result are the same image.
+        bench.write("comment", "");
+        assert_eq!(bench.build("worker").unwrap().revision, first.revision);
+        assert_eq!(bench.asked().len(), 1);
+        // An image that lost a file is built again.
+        fs::remove_file(bench.dir.path().join("images").join(first.revision.as_str()).join("rootfs")).unwrap();
+        assert!(bench.images.open(&first.revision).is_err());
+        assert_eq!(bench.build("worker").unwrap().revision, first.revision);
+        bench.images.open(&first.revision).unwrap();
+    }
+
+    #[test]
+    fn a_manifest_decides_by_role_and_profile() {
+        let bench = Bench::new();
+        bench.write("nix/any.nix", "{ }");
+        let manifest = "[meta]\nversion = 1\n[profiles.minimal]\nmodule = \"nix/any.nix\"\n[roles.worker]\nmodule = \"nix/any.nix\"\n";
+        bench.write("mvm-profiles.toml", manifest);
+        let built = bench.build("worker").unwrap();
+        assert_eq!(built.attribute, Some(format!("packages.{SYSTEM}.tenant-worker-minimal")));
+        let refused = crate::vm::error::with_causes(&bench.build("gateway").unwrap_err());
+        assert!(refused.ends_with("role \"gateway\" is not in mvm-profiles.toml; it has: worker"), "{refused}");
+        assert_eq!(bench.asked().len(), 1);
+    }
+
+    #[test]
+    fn what_fails_leaves_nothing_and_can_be_tried_again() {
+        let bench = Bench::new();
+        let left = || {
+            fs::read_dir(bench.dir.path().join("images")).unwrap().filter(|entry| entry.as_ref().unwrap().file_name() != ".builds").count()
+        };
+        bench.builder.fails.store(true, Ordering::SeqCst);
+        assert!(!bench.build("worker").unwrap_err().retry_can_help());
+        assert!(fs::read_to_string(bench.dir.path().join("log")).unwrap().contains("mvm: the build of"));
+        bench.builder.fails.store(false, Ordering::SeqCst);
+        bench.builder.delivers_no_kernel.store(true, Ordering::SeqCst);
+        let said = crate::vm::error::with_causes(&bench.build("worker").unwrap_err());
+        assert!(said.contains("yields no image: vmlinux is missing"), "{said}");
+        assert_eq!(left(), 0);
+        let works = fs::read_dir(bench.images.builds()).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_dir()).count();
+        assert_eq!(works, 0);
+        bench.builder.delivers_no_kernel.store(false, Ordering::SeqCst);
+        bench.build("worker").unwrap();
+        assert_eq!((left(), bench.asked().len()), (1, 3));
+    }
+
+    #[test]
+    fn records_of_images_that_are_gone_are_swept() {
+        let bench = Bench::new();
+        let built = bench.build("worker").unwrap();
+        let records =
+            || fs::read_dir(bench.images.builds()).unwrap().filter(|entry| entry.as_ref().unwrap().file_name().len() == 37).count();
+        assert_eq!(bench.images.stored().unwrap().len(), 1);
+        assert_eq!((bench.images.sweep().unwrap(), records()), (Vec::<String>::new(), 2));
+        bench.images.remove(&built.revision).unwrap();
+        bench.images.remove(&built.revision).unwrap();
+        assert_eq!(bench.images.stored().unwrap(), Vec::new());
+        bench.images.sweep().unwrap();
+        assert_eq!(records(), 0);
+    }
+}
