@@ -61,7 +61,7 @@ impl ImageSource for Flakes {
         }
         state.builds += 1;
         if let Some(why) = &state.fails {
-            let source = BuildError::Failed { attribute: "a".into(), said: why.clone() };
+            let source = BuildError::Failed { attribute: "a".into(), said: why.clone() }.into();
             return Err(ImageError::Flake { flake_ref: spec.flake_ref.clone(), profile: spec.profile.to_string(), source });
         }
         let origin = Origin { fingerprint: Some(state.sources.clone()), ..SimulatedImages.ensure(request)? };
@@ -274,7 +274,7 @@ fn an_interrupted_build_is_no_failure_of_the_pool() {
     struct Interrupted;
     impl ImageSource for Interrupted {
         fn ensure(&self, request: &BuildRequest<'_>) -> Result<Origin, ImageError> {
-            let source = BuildError::Interrupted { attribute: "a".into() };
+            let source = BuildError::Interrupted { attribute: "a".into() }.into();
             Err(ImageError::Flake { flake_ref: request.spec.flake_ref.clone(), profile: "minimal".into(), source })
         }
         fn ensure_builtin(&self, progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError> {

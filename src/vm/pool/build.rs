@@ -67,7 +67,7 @@ pub enum ImageError {
         profile: String,
         /// What went wrong.
         #[source]
-        source: BuildError,
+        source: Box<BuildError>,
     },
     /// Its flake's manifest is wrong, or does not have what was asked for.
     #[error("cannot build the image of {flake_ref}, profile {profile}")]
@@ -78,7 +78,7 @@ pub enum ImageError {
         profile: String,
         /// What is wrong.
         #[source]
-        source: ManifestError,
+        source: Box<ManifestError>,
     },
     /// It is not there, or not what was built.
     #[error("image {revision} cannot be used: {why}; `mvm pool build` builds it again")]
@@ -99,7 +99,7 @@ pub enum ImageError {
 impl ImageError {
     /// Tells whether somebody ended the build.
     pub fn is_interrupted(&self) -> bool {
-        matches!(self, ImageError::Flake { source: BuildError::Interrupted { .. }, .. })
+        matches!(self, ImageError::Flake { source, .. } if matches!(**source, BuildError::Interrupted { .. }))
     }
 
     /// Tells whether trying the same again can help.
@@ -474,8 +474,8 @@ impl ImageSource for NodeImages {
         let (flake_ref, profile) = (spec.flake_ref.clone(), spec.profile.to_string());
         if spec.flake_ref != BUILTIN {
             return self.flake(request).map_err(|failure| match failure {
-                FlakeFailure::Build(source) => ImageError::Flake { flake_ref, profile, source },
-                FlakeFailure::Manifest(source) => ImageError::Manifest { flake_ref, profile, source },
+                FlakeFailure::Build(source) => ImageError::Flake { flake_ref, profile, source: source.into() },
+                FlakeFailure::Manifest(source) => ImageError::Manifest { flake_ref, profile, source: source.into() },
             });
         }
         let (manifest, took) =
