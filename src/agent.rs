@@ -6,3 +6,4 @@ pub mod observe;
 pub mod order;
 pub mod plan;
 pub mod reconciler;
+pub mod roles;

@@ -37,6 +37,10 @@ impl Agent {
             command.arg("--listen").arg(at(&format!("agent.{number}.sock")));
         }
         command.arg("--config").arg(at("config.json")).arg("--hooks").arg(at("hooks")).arg("--busy").arg(at("busy"));
+        // Says that a unit is active where there is a file of its name.
+        fs::write(at("systemctl"), format!("#!/bin/sh\ntest -e {}/\"$3\"\n", dir.path().display())).unwrap();
+        fs::set_permissions(at("systemctl"), fs::Permissions::from_mode(0o755)).unwrap();
+        command.arg("--systemctl").arg(at("systemctl"));
         let process = command.stdin(Stdio::null()).spawn().unwrap();
         Agent { process, dir }
     }
@@ -274,6 +278,39 @@ fn what_is_missing_is_named_and_not_waited_for_in_vain() {
     let agent = Agent::start(Some(&config("").replace("\"version\":1", "\"version\":3")));
     let error = agent.client(Purpose::Lifecycle).wait_ready(Instant::now() + Duration::from_millis(100)).unwrap_err();
     assert!(error.to_string().contains("version 3"), "{error}");
+}
+
+#[test]
+fn a_role_has_only_the_handlers_that_it_names() {
+    let agent = Agent::start(Some(&config(r#","handlers":["logs"],"not_enabled":["sync.service: no token"]"#)));
+    let mut client = agent.client(Purpose::Lifecycle);
+    client.wait_ready(soon()).unwrap();
+    let refused = client.exec(sh("true"), None::<std::io::Empty>, &mut Vec::new(), &mut Vec::new()).unwrap_err();
+    assert!(matches!(refused, GuestError::Refused { .. }), "{refused:?}");
+    assert!(refused.to_string().contains("role worker has no handler exec; it has: logs"), "{refused}");
+    let refused = client.download("/etc/hostname", &agent.at("back")).unwrap_err();
+    assert!(refused.to_string().contains("no handler copy"), "{refused}");
+    let mut log = Vec::new();
+    client.logs(LogSource::Agent, Follow::No, None, &mut log).unwrap();
+    assert!(String::from_utf8(log).unwrap().contains("sync.service: no token"));
+    // The lifecycle is no handler.
+    assert_eq!(client.drain(Duration::from_secs(5)).unwrap(), Drained::Idle);
+}
+
+#[test]
+fn a_guest_is_ready_when_its_services_are_active() {
+    let agent = Agent::start(Some(&config(r#","services":["redis.service"]"#)));
+    let mut client = agent.client(Purpose::Lifecycle);
+    match client.wait_ready(Instant::now() + Duration::from_millis(300)).unwrap_err() {
+        GuestError::NotReady { missing, .. } => assert_eq!(missing, "services: redis.service is not active"),
+        other => panic!("{other}"),
+    }
+    fs::write(agent.at("redis.service"), "").unwrap();
+    client.wait_ready(soon()).unwrap();
+    client.prepare_sleep(soon()).unwrap();
+    fs::remove_file(agent.at("redis.service")).unwrap();
+    let woken = client.wake(&WakeFixup { entropy: [3; 64] }, Instant::now() + Duration::from_secs(1));
+    assert!(woken.unwrap_err().to_string().contains("redis.service is not active"));
 }
 
 #[test]

@@ -7,9 +7,10 @@ use mvm_types::{NodeId, PoolId, TenantId};
 use crate::host::ObservedNetwork;
 use crate::net::{Ruleset, TenantNetId};
 use crate::vm::error::{LifecycleError, with_causes};
-use crate::vm::instance::InstanceDoc;
+use crate::vm::instance::{InstanceDoc, exposed, missing_secrets};
 use crate::vm::keys;
 use crate::vm::node::Node;
+use crate::vm::pool::role::Roles;
 use crate::vm::pool::{BUILTIN, PoolDoc};
 use crate::vm::tenant::TenantDoc;
 use crate::vmm::Liveness;
@@ -27,6 +28,8 @@ pub struct Observed {
     pub retired_net_ids: BTreeSet<TenantNetId>,
     /// The tenants that are there.
     pub tenants: BTreeMap<TenantId, ObservedTenant>,
+    /// What roles mean, by the manifests of the flakes that they are from.
+    pub roles: Roles,
     /// Bridges and rules.
     pub network: ObservedNetwork,
     /// Bridges of tenants whose document was moved aside; they stay.
@@ -53,6 +56,8 @@ pub struct ObservedPool {
     pub image: ImagePresence,
     /// Its instances, oldest first.
     pub instances: Vec<ObservedInstance>,
+    /// What is not enabled in them because a secret is missing, in words.
+    pub not_enabled: Vec<String>,
 }
 
 /// Whether a pool's image is there.
@@ -92,12 +97,16 @@ impl ObservedInstance {
 impl Observed {
     /// Returns what the packet filter rules are rendered from.
     pub fn ruleset(&self) -> Ruleset {
-        let tenants = self.tenants.values().map(|tenant| {
+        let mut ruleset = Ruleset::default();
+        for tenant in self.tenants.values() {
             let network = tenant.doc.network.network();
             let instances = tenant.pools.values().flat_map(|pool| &pool.instances).map(|one| one.doc.network(&network)).collect();
-            (network, instances)
-        });
-        Ruleset { tenants: tenants.collect() }
+            ruleset.tenants.push((network, instances));
+            for pool in tenant.pools.values() {
+                ruleset.exposed.extend(exposed(&pool.doc, &network, pool.instances.iter().map(|one| &one.doc)));
+            }
+        }
+        ruleset
     }
 
     /// Returns the hash of the rules that the documents give; `None` without tenants, who need no rules.
@@ -132,8 +141,15 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
             Err(error) => problems.push(with_causes(&error)),
         }
     }
+    let mut roles = Roles::default();
+    for doc in tenants.values().flat_map(|tenant: &ObservedTenant| tenant.pools.values()).map(|pool| &pool.doc) {
+        if let Some(traits) = &doc.traits {
+            roles.learn(&doc.spec.flake_ref, doc.spec.role, traits.clone());
+        }
+    }
     Ok(Observed {
         node: node.id.clone(),
+        roles,
         capacity_mib: node.host().guest_memory_mib()?,
         overhead_mib: node.vmm().overhead_mib(),
         retired_net_ids: node.retired_net_ids()?,
@@ -179,7 +195,8 @@ fn observe_pools(
             instances.push(observe_instance(node, doc)?);
         }
         instances.sort_by(|a, b| a.age().cmp(&b.age()));
-        pools.insert(id, ObservedPool { doc, image, instances });
+        let not_enabled = not_enabled(node, &doc)?;
+        pools.insert(id, ObservedPool { doc, image, instances, not_enabled });
     }
     Ok(pools)
 }
@@ -201,6 +218,19 @@ fn is_outdated(node: &Node, doc: &PoolDoc, flakes: &mut Flakes) -> bool {
         // The build says what is wrong.
         Err(_) => true,
     }
+}
+
+/// What the pool's instances would be started without; secrets are only looked at where something needs one.
+fn not_enabled(node: &Node, doc: &PoolDoc) -> Result<Vec<String>, LifecycleError> {
+    let traits = doc.role_traits();
+    let services = traits.services.iter().map(|service| (service.unit.as_str(), service.secrets.as_slice()));
+    let workload = doc.spec.workload.iter().map(|workload| ("workload", workload.secrets.as_slice()));
+    let needs: Vec<_> = services.chain(workload).filter(|(_, secrets)| !secrets.is_empty()).collect();
+    if needs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let there = if traits.requires_secrets_drive { node.secret_names(&doc.tenant_id)? } else { BTreeSet::new() };
+    Ok(needs.into_iter().filter_map(|(what, secrets)| missing_secrets(what, secrets, &there)).collect())
 }
 
 fn observe_instance(node: &Node, doc: InstanceDoc) -> Result<ObservedInstance, LifecycleError> {

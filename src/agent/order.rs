@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mvm_types::{PoolId, Role};
 
 use crate::vm::pool::PoolSpec;
-use crate::vm::pool::role::role_priority;
+use crate::vm::pool::role::Roles;
 
 /// Tells whether a pool starts only when another one of its tenant is ready: its `depends_on`, and the gateways for everything that is
 /// not one.
@@ -23,9 +23,9 @@ pub fn waits_for<'a>(pool: &'a PoolSpec, all: &'a [PoolSpec]) -> impl Iterator<I
 /// waits for. For everything that puts to sleep or stops it is reversed.
 ///
 /// Pools that wait for each other, which a valid document does not have, come last.
-pub fn bring_up_order(pools: &[PoolSpec]) -> Vec<&PoolSpec> {
+pub fn bring_up_order<'a>(pools: &'a [PoolSpec], roles: &Roles) -> Vec<&'a PoolSpec> {
     let mut sorted: Vec<&PoolSpec> = pools.iter().collect();
-    sorted.sort_by_key(|pool| (role_priority(pool.role), !pool.critical, &pool.pool_id));
+    sorted.sort_by_cached_key(|pool| (roles.priority(pool), !pool.critical, pool.pool_id.clone()));
     let place: BTreeMap<&PoolId, usize> = sorted.iter().enumerate().map(|(place, pool)| (&pool.pool_id, place)).collect();
     let mut gateways_left = sorted.iter().filter(|pool| pool.role == Role::Gateway).count();
     let behind_gateways = |pool: &PoolSpec| pool.role != Role::Gateway;
@@ -67,6 +67,8 @@ pub fn bring_up_order(pools: &[PoolSpec]) -> Vec<&PoolSpec> {
 mod tests {
     use proptest::prelude::*;
 
+    use crate::vm::pool::role::{RoleTraits, role_priority};
+
     use super::*;
 
     fn pool(id: &str, role: Role, depends_on: &[&str]) -> PoolSpec {
@@ -84,7 +86,7 @@ mod tests {
             pool("bld", Role::Builder, &[]),
         ];
         pools[3].critical = true;
-        let order: Vec<&str> = bring_up_order(&pools).iter().map(|pool| pool.pool_id.as_str()).collect();
+        let order: Vec<&str> = bring_up_order(&pools, &Roles::default()).iter().map(|pool| pool.pool_id.as_str()).collect();
         assert_eq!(order, ["gw", "bld", "zz", "db", "api", "msg"]);
     }
 
@@ -113,8 +115,19 @@ mod tests {
             }
             let ids = |order: Vec<&PoolSpec>| order.iter().map(|pool| pool.pool_id.to_string()).collect::<Vec<_>>();
             prop_assume!(by_definition(&pools).iter().enumerate().all(|(at, pool)| waits_for(pool, &pools).all(|other| by_definition(&pools)[..at].iter().any(|done| done.pool_id == other.pool_id))));
-            prop_assert_eq!(ids(bring_up_order(&pools)), ids(by_definition(&pools)));
+            prop_assert_eq!(ids(bring_up_order(&pools, &Roles::default())), ids(by_definition(&pools)));
         }
+    }
+
+    #[test]
+    fn a_manifest_gives_its_roles_their_places() {
+        let cache: Role = "cache".parse().unwrap();
+        let pools = vec![pool("web", Role::Worker, &[]), pool("gw", Role::Gateway, &[]), pool("redis", cache, &[])];
+        let ids = |roles: &Roles| bring_up_order(&pools, roles).iter().map(|pool| pool.pool_id.to_string()).collect::<Vec<_>>();
+        assert_eq!(ids(&Roles::default()), ["gw", "redis", "web"]);
+        let mut roles = Roles::default();
+        roles.learn("builtin", cache, RoleTraits { priority: 7, ..RoleTraits::built_in(cache) });
+        assert_eq!(ids(&roles), ["gw", "web", "redis"]);
     }
 
     #[test]
@@ -129,7 +142,7 @@ mod tests {
                 )
             })
             .collect();
-        let order = bring_up_order(&pools);
+        let order = bring_up_order(&pools, &Roles::default());
         assert!(order.iter().enumerate().all(|(at, pool)| pool.pool_id.as_str() == name(at)));
     }
 }

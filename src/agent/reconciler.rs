@@ -10,6 +10,7 @@ use super::desired::{AdmissionError, DesiredState, DesiredTenant, InvalidDocumen
 use super::execute::{End, ExecuteOptions, Outcome, Progress, execute};
 use super::observe::{Observed, observe};
 use super::plan::{Deferred, Plan, Retry, check_against, plan};
+use crate::agent::roles;
 use crate::store::{LockGuard, StoreError, Wait};
 use crate::vm::error::{FailureKind, LifecycleError, with_causes};
 use crate::vm::instance::StateName;
@@ -106,8 +107,9 @@ pub struct ApplyOptions<'a> {
 
 /// Observes and plans; changes nothing.
 pub fn look(node: &Node, desired: &DesiredState, retry: Retry) -> Result<(Observed, Plan), ReconcileError> {
-    let observed = observe(node)?;
+    let mut observed = observe(node)?;
     check_against(desired, &observed)?;
+    roles::learn(node, desired, &mut observed.roles)?;
     admit(desired, &node.id, node.node_doc()?.admitted.as_ref())?;
     let plan = plan(desired, &observed, &node.clock().now(), retry);
     Ok((observed, plan))

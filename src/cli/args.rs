@@ -4,13 +4,14 @@ use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use mvm_types::{InstanceAddress, InstanceId, InstanceSelector, PoolAddress, PoolId, ProfileName, Role};
+use mvm_types::{InstanceAddress, InstanceId, InstanceSelector, PoolAddress, PoolId, ProfileName, Role, SecretName};
 
 use super::exit::{CliError, Exit};
 use crate::agent::desired::{DesiredState, Format, MAX_DOCUMENT, parse};
 use crate::vm::error::LifecycleError;
 use crate::vm::node::Node;
-use crate::vm::pool::{PoolSpec, RestartPolicy, Workload};
+use crate::vm::pool::role::Protocol;
+use crate::vm::pool::{Exposure, PoolSpec, RestartPolicy, Workload};
 use crate::vm::tenant::Quotas;
 
 /// Reads a desired-state document; `-` is standard input.
@@ -197,8 +198,20 @@ pub struct SpecArgs {
     /// When the workload is started again: always, on-failure or never
     #[arg(long, value_parser = restart)]
     restart: Option<RestartPolicy>,
+    /// A secret of the tenant without which the workload is not started; can be repeated, and replaces those there are
+    #[arg(long, value_name = "NAME")]
+    needs_secret: Vec<SecretName>,
+    /// A port reachable from outside, as far as the role allows; can be repeated, and replaces those there are
+    #[arg(long, value_name = "[HOST_PORT:]PORT[/udp]", value_parser = exposure)]
+    expose: Vec<Exposure>,
+    /// Expose nothing any more
+    #[arg(long, conflicts_with = "expose")]
+    no_expose: bool,
+    /// How many instances a plan leaves running whatever else is wanted
+    #[arg(long, value_name = "N")]
+    min_running: Option<u32>,
     /// Run no workload any more
-    #[arg(long, conflicts_with_all = ["workload", "env", "unset_env", "restart"])]
+    #[arg(long, conflicts_with_all = ["workload", "env", "unset_env", "restart", "needs_secret"])]
     no_workload: bool,
     /// The workload: a program and its arguments
     #[arg(last = true, value_name = "CMD")]
@@ -228,8 +241,15 @@ impl SpecArgs {
         set(&mut spec.runtime_policy.min_warm_seconds, &self.min_warm_seconds);
         set(&mut spec.runtime_policy.drain_timeout_seconds, &self.drain_timeout_seconds);
         set(&mut spec.runtime_policy.graceful_shutdown_seconds, &self.graceful_shutdown_seconds);
+        set(&mut spec.runtime_policy.min_running, &self.min_running);
         set(&mut spec.pinned, &self.pinned);
         set(&mut spec.critical, &self.critical);
+        if self.no_expose {
+            spec.expose.clear();
+        }
+        if !self.expose.is_empty() {
+            spec.expose.clone_from(&self.expose);
+        }
         if self.no_depends_on {
             spec.depends_on.clear();
         }
@@ -241,8 +261,8 @@ impl SpecArgs {
         }
         if !self.workload.is_empty() {
             let old = spec.workload.take();
-            let (env, restart) = old.map(|old| (old.env, old.restart)).unwrap_or_default();
-            spec.workload = Some(Workload { command: self.workload.clone(), env, restart });
+            let (env, restart, secrets) = old.map(|old| (old.env, old.restart, old.secrets)).unwrap_or_default();
+            spec.workload = Some(Workload { command: self.workload.clone(), env, restart, secrets });
         }
         match &mut spec.workload {
             Some(workload) => {
@@ -252,11 +272,16 @@ impl SpecArgs {
                     }
                 }
                 workload.env.extend(self.env.iter().cloned());
+                if !self.needs_secret.is_empty() {
+                    workload.secrets.clone_from(&self.needs_secret);
+                }
                 set(&mut workload.restart, &self.restart);
                 Ok(())
             }
-            None if self.env.is_empty() && self.unset_env.is_empty() && self.restart.is_none() => Ok(()),
-            None => Err(CliError::new(Exit::Usage, "--env, --unset-env and --restart are about a workload; add one: -- CMD")),
+            None if self.env.is_empty() && self.unset_env.is_empty() && self.restart.is_none() && self.needs_secret.is_empty() => Ok(()),
+            None => {
+                Err(CliError::new(Exit::Usage, "--env, --unset-env, --restart and --needs-secret are about a workload; add one: -- CMD"))
+            }
         }
     }
 }
@@ -264,6 +289,21 @@ impl SpecArgs {
 fn variable(given: &str) -> Result<(String, String), String> {
     let (name, value) = given.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or("write NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
+}
+
+/// Reads `443`, `8443:443` or `53/udp`.
+fn exposure(given: &str) -> Result<Exposure, String> {
+    let wrong = || format!("{given:?} is no port; one looks like 443, 8443:443 or 53/udp");
+    let (ports, protocol) = match given.split_once('/') {
+        None | Some((_, "tcp")) => (given.split('/').next().unwrap_or_default(), Protocol::Tcp),
+        Some((ports, "udp")) => (ports, Protocol::Udp),
+        Some(_) => return Err(wrong()),
+    };
+    let number = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0).ok_or_else(wrong);
+    Ok(match ports.split_once(':') {
+        None => Exposure { port: number(ports)?, host_port: None, protocol },
+        Some((host, guest)) => Exposure { port: number(guest)?, host_port: Some(number(host)?), protocol },
+    })
 }
 
 fn restart(given: &str) -> Result<RestartPolicy, String> {
@@ -333,6 +373,17 @@ mod tests {
         assert_eq!(age("12h"), Ok(Duration::from_secs(12 * 3600)));
         for bad in ["d", "-1d", "1.5d", "99999999999999999999d", "40000d", "2w"] {
             assert!(age(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn exposed_ports_are_read_as_docker_has_them() {
+        let read = |given: &str| exposure(given).map(|one| (one.on_host(), one.port, one.protocol.as_str()));
+        assert_eq!(read("443"), Ok((443, 443, "tcp")));
+        assert_eq!(read("8443:443/tcp"), Ok((8443, 443, "tcp")));
+        assert_eq!(read("53/udp"), Ok((53, 53, "udp")));
+        for bad in ["", "0", "a", "70000", "1:2:3", "1/sctp", ":80", "80:"] {
+            assert!(read(bad).is_err(), "{bad}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use mvm_types::{InstanceAddress, InstanceSelector};
+use mvm_types::{InstanceAddress, InstanceSelector, Role};
 
 use super::CliResult;
 use super::args::resolve;
@@ -105,6 +105,7 @@ pub enum Source {
 struct Reached {
     opened: Opened,
     at: InstanceAddress,
+    role: Role,
     client: GuestClient,
     begun: Instant,
 }
@@ -118,7 +119,8 @@ fn reach(globals: &Globals, selector: &InstanceSelector, what: &str) -> Result<R
         return Err(CliError::new(Exit::Refused, format!("cannot {what} {at}: its machine is simulated, and runs nothing")));
     }
     let client = GuestClient::connect(&vm, Purpose::Interactive, Instant::now() + REACH)?;
-    Ok(Reached { opened, at, client, begun })
+    let role = opened.node.instance(&at)?.role;
+    Ok(Reached { opened, at, role, client, begun })
 }
 
 /// Returns the run directory of an instance that runs.
@@ -139,7 +141,7 @@ fn running(node: &Node, at: &InstanceAddress, what: &str) -> Result<PathBuf, Cli
 
 /// Records that something is going to be done in a guest: what cannot be recorded is not done.
 fn begin(reached: &Reached, action: &str) -> Result<(), CliError> {
-    let entry = Entry { object: reached.at.to_string(), action: action.to_owned(), ..Entry::default() };
+    let entry = Entry { object: reached.at.to_string(), role: Some(reached.role), action: action.to_owned(), ..Entry::default() };
     Ok(reached.opened.node.audit().record(&reached.at.tenant, entry)?)
 }
 
@@ -148,6 +150,7 @@ fn end<T>(reached: &Reached, action: &str, result: Result<T, CliError>) -> Resul
     let Err(error) = &result else { return result };
     let entry = Entry {
         object: reached.at.to_string(),
+        role: Some(reached.role),
         action: action.to_owned(),
         error: Some(error.text.clone()),
         took: reached.begun.elapsed(),

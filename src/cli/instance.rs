@@ -134,7 +134,11 @@ fn act(node: &Node, which: &Which, verb: &str, body: impl FnOnce(&InstanceAddres
     let at = resolve(node, &which.instance)?;
     let lines = ProgressLines::new();
     let bar = lines.spin(&format!("{verb} {at}"));
-    let result = body(&at);
+    let result = body(&at).and_then(|()| match node.pool(&at.pool_address()) {
+        // The ports that it exposes lead to what runs now.
+        Ok(pool) if !pool.spec.expose.is_empty() => node.apply_network(),
+        _ => Ok(()),
+    });
     if let Some(bar) = bar {
         bar.finish_and_clear();
     }

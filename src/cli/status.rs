@@ -14,7 +14,6 @@ use crate::infra::clock::Moment;
 use crate::infra::display::{InstanceRow, OutputFormat, PoolRow, table, to_json, write_out};
 use crate::vm::instance::{InstanceState, StateName, StopReason};
 use crate::vm::node::Node;
-use crate::vm::pool::role::role_priority;
 use crate::vmm::Liveness;
 
 /// Arguments of `mvm status`.
@@ -92,7 +91,7 @@ pub fn status(globals: &Globals, args: &StatusArgs) -> CliResult {
 fn pools(observed: &Observed) -> impl Iterator<Item = &ObservedPool> {
     observed.tenants.values().flat_map(|tenant| {
         let mut pools: Vec<_> = tenant.pools.values().collect();
-        pools.sort_by_key(|pool| (role_priority(pool.doc.spec.role), pool.doc.spec.pool_id.clone()));
+        pools.sort_by_key(|pool| (pool.doc.role_traits().priority, pool.doc.spec.pool_id.clone()));
         pools
     })
 }
@@ -121,6 +120,7 @@ pub(super) fn pool_row(pool: &ObservedPool) -> PoolRow {
         (Some(failure), _) => Some(format!("{}: {}", failure.step, failure.error)),
         (None, ImagePresence::Outdated) => Some("its flake has changed; the next apply builds it".to_owned()),
         (None, ImagePresence::Missing) if pool.doc.revision.is_some() => Some("its image is missing or damaged".to_owned()),
+        _ if !pool.not_enabled.is_empty() => Some(pool.not_enabled.join("; ")),
         _ => None,
     };
     PoolRow {

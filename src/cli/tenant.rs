@@ -16,7 +16,6 @@ use crate::infra::display::{Row, TenantRow, Width, print_info, print_rows};
 use crate::net::{Subnet, TenantNetId};
 use crate::vm::instance::StateName;
 use crate::vm::node::Node;
-use crate::vm::pool::role::role_priority;
 use crate::vm::tenant::{MAX_SECRET, NetworkSpec, Quotas, SecretChange};
 use crate::vm::usage::Usage;
 
@@ -168,7 +167,7 @@ fn destroy(node: &Node, tenant: &TenantId) -> Result<(), CliError> {
     let mut pools = Vec::new();
     for id in node.pools(tenant)? {
         let pool = PoolAddress::new(tenant.clone(), id);
-        pools.push((role_priority(node.pool(&pool)?.spec.role), pool));
+        pools.push((node.pool(&pool)?.role_traits().priority, pool));
     }
     pools.sort_by(|a, b| b.cmp(a));
     for (_, pool) in pools {

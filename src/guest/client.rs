@@ -278,6 +278,7 @@ pub(super) fn refused(what: &'static str, status: &Status) -> GuestError {
         _ if std::error::Error::source(status).is_some() => {
             GuestError::Unreachable { why: format!("it went away during {what}: put to sleep, stopped or died") }
         }
+        tonic::Code::PermissionDenied => GuestError::Refused { what, why: word(status.message()) },
         _ => GuestError::Failed { what, why: word(status.message()) },
     }
 }

@@ -99,6 +99,14 @@ pub enum GuestError {
         /// How long was waited, in milliseconds.
         after_ms: u64,
     },
+    /// Its role does not have it do this.
+    #[error("{what}: {why}")]
+    Refused {
+        /// What was asked.
+        what: &'static str,
+        /// What it said, capped.
+        why: String,
+    },
     /// It refused, or broke the protocol.
     #[error("{what}: {why}")]
     Failed {

@@ -426,7 +426,7 @@ mod tests {
         let instance = InstanceNetwork { tenant: network(), offset: crate::net::InstanceOffset(0), forwards: false };
         host.ensure_tenant_network(&network()).unwrap();
         assert!(host.create_tap(&instance, None).is_err());
-        host.apply_ruleset(&Ruleset { tenants: vec![(network(), vec![instance])] }).unwrap();
+        host.apply_ruleset(&Ruleset { tenants: vec![(network(), vec![instance])], ..Ruleset::default() }).unwrap();
         host.create_tap(&instance, None).unwrap();
         host.reboot();
         assert!(host.create_tap(&instance, None).is_err());

@@ -18,7 +18,8 @@
 //!
 //! Other private ranges are reachable because on a plain host they hold the resolver, the package mirror and the data
 //! base that the workload is there for, and egress that works for 1.1.1.1 and not for the resolver beside the host surprises.
-//! Nothing from outside reaches an instance but replies to what it, or the host, began.
+//! Nothing from outside reaches an instance but replies to what it, or the host, began, and what comes to a port of the host that a
+//! pool exposes: of several instances that take it, each has its turn.
 //!
 //! Everything is keyed by interface *names*, so that a TAP may come and go without the ruleset changing, and by sets, so
 //! that a frame's cost does not grow with the number of instances. Names that begin with `br-tenant-`, or with `tn` and a
@@ -27,8 +28,12 @@
 //!
 //! IPv6 is dropped altogether for now: no tenant has an IPv6 address.
 
+use std::collections::BTreeSet;
 use std::fmt::{Display, Write};
 use std::net::Ipv4Addr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::{InstanceOffset, Mac, NetError, Subnet, TenantNetId, bridge_mac, bridge_name, instance_mac, instance_uid, tap_name};
 
@@ -88,11 +93,49 @@ impl InstanceNetwork {
     }
 }
 
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// Returns the name used in documents and rules.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        }
+    }
+}
+
+/// A port of the host that leads to instances of a tenant.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Exposed {
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The port on the host's own addresses.
+    pub host_port: u16,
+    /// The port in the guests.
+    pub port: u16,
+    /// The tenant's bridge.
+    pub bridge: String,
+    /// The addresses that take it in turns; at least one.
+    pub targets: Vec<Ipv4Addr>,
+}
+
 /// Every tenant with every instance, running or not (a TAP that is absent costs nothing): what the rules are rendered from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Ruleset {
     /// The tenants with their instances, in any order.
     pub tenants: Vec<(TenantNetwork, Vec<InstanceNetwork>)>,
+    /// The ports that lead in from outside, in any order.
+    pub exposed: Vec<Exposed>,
 }
 
 impl Ruleset {
@@ -134,7 +177,27 @@ impl Ruleset {
         );
         set(&mut text, "own_subnet", "ifname . ipv4_addr", "interval", per_tenant(&|bridge, subnet| format!("\"{bridge}\" . {subnet}")));
         set(&mut text, "tenant_subnet", "ipv4_addr", "interval", tenants.iter().map(|(tenant, _)| tenant.subnet));
+        let mut exposed: Vec<&Exposed> = self.exposed.iter().collect();
+        exposed.sort();
+        let entries: BTreeSet<String> = exposed
+            .iter()
+            .flat_map(|one| one.targets.iter().map(|to| format!("\"{}\" . {to} . {} . {}", one.bridge, one.protocol.as_str(), one.port)))
+            .collect();
+        set(&mut text, "exposed", "ifname . ipv4_addr . inet_proto . inet_service", "", entries);
         text.push_str(INET_CHAINS);
+        text.push_str("\n\tchain exposed_ports {\n");
+        for one in exposed {
+            let to = match one.targets.as_slice() {
+                [target] => format!("{target}:{}", one.port),
+                targets => {
+                    let turns: Vec<String> =
+                        targets.iter().enumerate().map(|(turn, target)| format!("{turn} : {target} . {}", one.port)).collect();
+                    format!("numgen inc mod {} map {{ {} }}", targets.len(), turns.join(", "))
+                }
+            };
+            let _ = writeln!(text, "\t\t{} dport {} dnat ip to {to}", one.protocol.as_str(), one.host_port);
+        }
+        text.push_str("\t}\n");
         text.push_str("}\n\ntable bridge mvm {\n");
         set(&mut text, "ours", "ifname", "interval", (0..10).map(|digit| format!("\"tn{digit}*\"")));
         set(&mut text, "port", "ifname . ether_addr . ipv4_addr", "", ports);
@@ -222,7 +285,19 @@ const INET_CHAINS: &str = r#"
 
 	chain to_tenant {
 		ct state established,related accept
+		ct status dnat oifname . ip daddr . meta l4proto . th dport @exposed accept
 		drop
+	}
+
+	chain expose {
+		type nat hook prerouting priority dstnat; policy accept;
+		iifname "br-tenant-*" return
+		meta nfproto ipv4 fib daddr type local jump exposed_ports
+	}
+
+	chain expose_to_host {
+		type nat hook output priority -100; policy accept;
+		ip daddr != 127.0.0.0/8 fib daddr type local jump exposed_ports
 	}
 
 	chain masquerade_tenants {
@@ -270,7 +345,16 @@ mod tests {
     #[test]
     fn the_text_of_two_tenants() {
         let tenants = vec![tenant(7, "10.240.7.0/24", &[(0, false)]), tenant(5, "10.240.5.0/24", &[(1, false), (0, true)])];
-        insta::assert_snapshot!(Ruleset { tenants }.render().unwrap());
+        let exposed = |protocol, host_port, port, targets: &[&str]| Exposed {
+            protocol,
+            host_port,
+            port,
+            bridge: "br-tenant-5".into(),
+            targets: targets.iter().map(|target| target.parse().unwrap()).collect(),
+        };
+        let exposed =
+            vec![exposed(Protocol::Udp, 53, 53, &["10.240.5.3"]), exposed(Protocol::Tcp, 8443, 443, &["10.240.5.3", "10.240.5.4"])];
+        insta::assert_snapshot!(Ruleset { tenants, exposed }.render().unwrap());
     }
 
     #[test]
@@ -280,7 +364,7 @@ mod tests {
 
     #[test]
     fn an_instance_without_an_address_is_refused() {
-        let ruleset = Ruleset { tenants: vec![tenant(1, "10.240.1.0/29", &[(4, false)])] };
+        let ruleset = Ruleset { tenants: vec![tenant(1, "10.240.1.0/29", &[(4, false)])], ..Ruleset::default() };
         assert_eq!(ruleset.render().unwrap_err().to_string(), "subnet 10.240.1.0/29 has room for 4 instances; offset 4 is beyond");
     }
 
@@ -291,8 +375,8 @@ mod tests {
             let text = |offsets: &[u16]| {
                 let instances: Vec<_> = offsets.iter().map(|&offset| (offset, false)).collect();
                 let (one, two) = (tenant(1, "10.240.1.0/24", &instances), tenant(2, "10.240.2.0/24", &[]));
-                let ahead = Ruleset { tenants: vec![one.clone(), two.clone()] }.render().unwrap();
-                let behind = Ruleset { tenants: vec![two, one] }.render().unwrap();
+                let ahead = Ruleset { tenants: vec![one.clone(), two.clone()], ..Ruleset::default() }.render().unwrap();
+                let behind = Ruleset { tenants: vec![two, one], ..Ruleset::default() }.render().unwrap();
                 (ahead, behind)
             };
             let (a, b) = text(&offsets);

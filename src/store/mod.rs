@@ -23,7 +23,7 @@ pub enum Wait {
 }
 
 /// A held lock; dropping it releases it, and so does the end of the process.
-pub trait LockGuard: Send {
+pub trait LockGuard: Send + Sync {
     /// A number kept beside the lock, 0 at first; lost when the host reboots.
     ///
     /// Whoever changes what a cache was computed from sets another one, and so invalidates the caches of other processes.

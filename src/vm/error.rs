@@ -120,6 +120,7 @@ impl LifecycleError {
             | LifecycleError::Illegal(_)
             | LifecycleError::Quota(_)
             | LifecycleError::Snapshot(_)
+            | LifecycleError::Guest(GuestError::Refused { .. })
             | LifecycleError::Document(DocumentError::Store(StoreError::Locked { .. })) => FailureKind::Refused,
             LifecycleError::Image(ImageError::Flake { source, .. }) if source.is_timeout() => FailureKind::Timeout,
             LifecycleError::Vmm(VmmError::Timeout { .. })

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::instance::{InstanceState, StateName, Verb};
 use super::pool::RuntimePolicy;
+use super::pool::role::RoleTraits;
 use crate::infra::clock::Moment;
 
 /// Why an instance keeps its state for now.
@@ -13,6 +14,15 @@ pub struct Keep {
     pub why: String,
     /// How long it says so.
     pub wait: Duration,
+}
+
+/// The policy of a pool with what its role demands: neither makes shorter or less what the other wants.
+pub fn effective(policy: &RuntimePolicy, role: &RoleTraits) -> RuntimePolicy {
+    RuntimePolicy {
+        min_running_seconds: policy.min_running_seconds.max(role.min_running_seconds),
+        min_running: policy.min_running.max(role.min_running),
+        ..policy.clone()
+    }
 }
 
 /// Tells whether the runtime policy lets a plan take an instance down by a verb now.

@@ -83,6 +83,9 @@ impl Node {
             forward: false,
             workload: None,
             requires: guest::Requires { data: false, config: true, secrets: false },
+            handlers: None,
+            services: Vec::new(),
+            not_enabled: Vec::new(),
         };
         let files = [DriveFile { name: "config.json".into(), content: Zeroizing::new(config.to_json()), mode: 0o444 }];
         let root = File::open(&image.rootfs).map_err(|error| io("open the image of", error))?;

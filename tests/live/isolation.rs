@@ -1,6 +1,6 @@
 //! Who reaches whom, between real guests, the host, and what lies outside.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -32,14 +32,14 @@ instance_resources = { vcpus = 1, mem_mib = 128 }
 "#;
 
 /// A network outside of the host, with a listener that tells who came.
-struct Outside {
+pub struct Outside {
     came: mpsc::Receiver<String>,
     ask: mpsc::Sender<String>,
-    answers: mpsc::Receiver<bool>,
+    answers: mpsc::Receiver<Option<String>>,
 }
 
 impl Outside {
-    fn new() -> Outside {
+    pub fn new() -> Outside {
         let (tid_sender, tid) = mpsc::channel();
         let (go, wait) = mpsc::channel::<()>();
         let (sender, came) = mpsc::channel();
@@ -68,8 +68,14 @@ impl Outside {
                 }
             });
             for address in asked {
-                let reached = TcpStream::connect_timeout(&address.parse().unwrap(), Duration::from_secs(2)).is_ok();
-                if answer.send(reached).is_err() {
+                let said = TcpStream::connect_timeout(&address.parse().unwrap(), Duration::from_secs(2)).ok().map(|mut stream| {
+                    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                    let mut said = String::new();
+                    // Whoever says nothing was reached all the same.
+                    let _ = stream.read_to_string(&mut said);
+                    said
+                });
+                if answer.send(said).is_err() {
                     return;
                 }
             }
@@ -83,7 +89,12 @@ impl Outside {
         Outside { came, ask, answers }
     }
 
-    fn reaches(&self, address: &str) -> bool {
+    pub fn reaches(&self, address: &str) -> bool {
+        self.asks(address).is_some()
+    }
+
+    /// Connects from outside and returns what the other side says; `None` when there is no other side.
+    pub fn asks(&self, address: &str) -> Option<String> {
         self.ask.send(address.to_owned()).unwrap();
         self.answers.recv().unwrap()
     }

@@ -10,6 +10,7 @@ mod network;
 mod nix;
 mod qemu;
 mod rig;
+mod roles;
 mod secrets;
 mod sleep;
 mod throwaway;

@@ -43,7 +43,7 @@ fn rules(instances: &[InstanceNetwork]) -> Ruleset {
             None => tenants.push((instance.tenant, vec![*instance])),
         }
     }
-    Ruleset { tenants }
+    Ruleset { tenants, ..Ruleset::default() }
 }
 
 impl Node {

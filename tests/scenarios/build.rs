@@ -7,14 +7,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mvm::agent::desired::DesiredState;
 use mvm::agent::observe::observe;
-use mvm::agent::plan::{Action, Retry, plan};
-use mvm::agent::reconciler::{Applied, declared};
+use mvm::agent::plan::{Action, Retry};
+use mvm::agent::reconciler::{Applied, declared, look};
 use mvm::image::nix::{BuildError, FlakeImage};
 use mvm::store::DocumentStore;
 use mvm::vm::collect::Collect;
+use mvm::vm::pool::role::RoleTraits;
 use mvm::vm::pool::{
-    BuildOptions, BuildRequest, Image, ImageError, ImageSource, LastBuild, Limits, NodeImages, Origin, PoolDoc, Quiet, SimulatedImages,
-    StoredImage,
+    BuildOptions, BuildRequest, Image, ImageError, ImageSource, LastBuild, Limits, NodeImages, Origin, PoolDoc, PoolSpec, Quiet,
+    SimulatedImages, StoredImage,
 };
 use mvm_types::{PoolAddress, RevisionId};
 
@@ -85,6 +86,10 @@ impl ImageSource for Flakes {
 
     fn fingerprint(&self, _flake_ref: &str) -> Result<Option<String>, String> {
         Ok(Some(self.state.lock().unwrap().sources.clone()))
+    }
+
+    fn role_traits(&self, spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError> {
+        SimulatedImages.role_traits(spec)
     }
 
     fn stored(&self) -> Result<Vec<StoredImage>, ImageError> {
@@ -286,6 +291,9 @@ fn an_interrupted_build_is_no_failure_of_the_pool() {
         fn fingerprint(&self, flake_ref: &str) -> Result<Option<String>, String> {
             SimulatedImages.fingerprint(flake_ref)
         }
+        fn role_traits(&self, spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError> {
+            SimulatedImages.role_traits(spec)
+        }
         fn stored(&self) -> Result<Vec<StoredImage>, ImageError> {
             SimulatedImages.stored()
         }
@@ -348,10 +356,10 @@ fn a_pass_over_a_thousand_pools_with_manifests_is_no_slower_than_without() {
     };
     let quickest = |world: &World| {
         let node = world.node();
+        let desired = declared(&observe(&node).unwrap());
         let pass = || {
             let begun = Instant::now();
-            let observed = observe(&node).unwrap();
-            let plan = plan(&declared(&observed), &observed, &node.clock().now(), Retry::WhenDue);
+            let (_, plan) = look(&node, &desired, Retry::WhenDue).unwrap();
             assert!(plan.is_settled(), "{plan:?}");
             begun.elapsed()
         };

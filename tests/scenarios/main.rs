@@ -5,5 +5,6 @@ mod fleet;
 mod kill;
 mod order;
 mod quota;
+mod roles;
 mod scale;
 mod world;

@@ -36,6 +36,8 @@ pub struct Settings {
     pub busy: PathBuf,
     /// `config.json`, once its drive is mounted.
     pub config: PathBuf,
+    /// What tells whether a systemd unit is active.
+    pub systemctl: PathBuf,
 }
 
 /// The agent of one guest.
@@ -146,6 +148,22 @@ impl Agent {
     /// Counts a completed wake.
     pub fn count_wake(&self) {
         self.wakes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Refuses what the role does not have the agent do.
+    ///
+    /// # Errors
+    /// With the role and what it has instead.
+    pub fn check_handler(&self, handler: &str) -> Result<(), tonic::Status> {
+        let state = self.state();
+        let Some(config) = &state.config else { return Ok(()) };
+        match &config.handlers {
+            Some(handlers) if !handlers.iter().any(|one| one == handler) => {
+                let has = if handlers.is_empty() { "none".to_owned() } else { handlers.join(", ") };
+                Err(tonic::Status::permission_denied(format!("role {} has no handler {handler}; it has: {has}", config.role)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes a command into the list of those that run; `None` when there are too many.

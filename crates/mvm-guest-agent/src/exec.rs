@@ -52,6 +52,7 @@ pub async fn start(agent: Arc<Agent>, mut input: Streaming<ExecInput>, output: O
         return Err(Status::invalid_argument("the first message is not a start message"));
     };
     check(&start)?;
+    agent.check_handler(if start.tty.is_some() { "shell" } else { "exec" })?;
     if agent.draining() {
         return Err(Status::unavailable("the guest is draining and takes no new commands"));
     }

@@ -25,6 +25,7 @@ pub mod random;
 pub mod reap;
 pub mod secrets;
 pub mod service;
+pub mod services;
 pub mod session;
 pub mod setup;
 pub mod system;

@@ -12,7 +12,7 @@ use tonic::Status;
 use crate::agent::{Agent, Manage};
 use crate::hooks::{self, Moment};
 use crate::setup::{Occasion, set_up};
-use crate::{drives, random, secrets, system};
+use crate::{drives, random, secrets, services, system};
 
 /// A deadline from outside, capped.
 pub fn capped(ms: u64) -> Duration {
@@ -106,6 +106,7 @@ pub async fn wake(agent: &Arc<Agent>, request: proto::WakeRequest) -> Result<pro
     }
     set_up(agent, Occasion::Wake);
     warnings.extend(hooks::run(agent, Moment::PostWake, capped(request.deadline_ms)).await);
+    services::look(agent).await;
     agent.state().holding = None;
     agent.set_draining(false);
     agent.count_wake();

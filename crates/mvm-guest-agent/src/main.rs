@@ -7,13 +7,13 @@ use std::sync::Arc;
 use mvm_guest_agent::agent::{Agent, Manage, Settings};
 use mvm_guest_agent::service::Service;
 use mvm_guest_agent::setup::{Occasion, set_up};
-use mvm_guest_agent::{boot, network, port, power, session};
+use mvm_guest_agent::{boot, network, port, power, services, session};
 use mvm_guest_api::{BUSY_DIR, CONFIG_DIR, CONFIG_FILE, HOOKS_DIR};
 
 #[global_allocator]
 static MEMORY: mvm_guest_agent::wiping::Wiping = mvm_guest_agent::wiping::Wiping;
 
-const USAGE: &str = "usage: mvm-guest-agent serve [--listen SOCKET]... [--config FILE] [--hooks DIR] [--busy DIR]
+const USAGE: &str = "usage: mvm-guest-agent serve [--listen SOCKET]... [--config FILE] [--hooks DIR] [--busy DIR] [--systemctl FILE]
   Serves mvm inside a guest. Without --listen it mounts mvm's drives, sets up the network, and serves the virtio-serial
   ports mvm.agent.N; with --listen it serves these unix sockets and leaves the system as it is.";
 
@@ -56,7 +56,13 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 fn system_settings() -> Settings {
-    Settings { manage: Manage::System, hooks: HOOKS_DIR.into(), busy: BUSY_DIR.into(), config: Path::new(CONFIG_DIR).join(CONFIG_FILE) }
+    Settings {
+        manage: Manage::System,
+        hooks: HOOKS_DIR.into(),
+        busy: BUSY_DIR.into(),
+        config: Path::new(CONFIG_DIR).join(CONFIG_FILE),
+        systemctl: "systemctl".into(),
+    }
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Settings, Vec<PathBuf>), String> {
@@ -72,6 +78,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Settings, Vec<P
             "--config" => settings.config = value.into(),
             "--hooks" => settings.hooks = value.into(),
             "--busy" => settings.busy = value.into(),
+            "--systemctl" => settings.systemctl = value.into(),
             _ => return Err(format!("unknown option {option}\n{USAGE}")),
         }
     }
@@ -89,8 +96,10 @@ async fn serve(settings: Settings, sockets: Vec<PathBuf>) -> Result<(), String> 
         prepare_run(&agent);
     }
     set_up(&agent, Occasion::Boot);
+    services::look(&agent).await;
     agent.state().holding = None;
     agent.note_ready();
+    tokio::spawn(services::watch(agent.clone()));
     let service = Service(agent.clone());
     if sockets.is_empty() {
         serve_ports(&agent, &service)?;

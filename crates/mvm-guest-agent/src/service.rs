@@ -40,15 +40,18 @@ impl GuestAgent for Service {
     }
 
     async fn upload(&self, request: Request<Streaming<UploadInput>>) -> Reply<UploadReply> {
+        self.0.check_handler("copy")?;
         transfer::upload(request.into_inner()).await.map(Response::new)
     }
 
     async fn download(&self, request: Request<DownloadRequest>) -> Reply<Self::DownloadStream> {
+        self.0.check_handler("copy")?;
         let receiver = transfer::download(&request.into_inner().path)?;
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
     async fn logs(&self, request: Request<LogsRequest>) -> Reply<Self::LogsStream> {
+        self.0.check_handler("logs")?;
         let request = request.into_inner();
         let agent = self.0.clone();
         let workload = request.source() == logs_request::Source::Workload;

@@ -31,6 +31,9 @@ pub fn set_up(agent: &Arc<Agent>, occasion: Occasion) {
             if let (true, Some(config)) = (system, &config) {
                 apply(agent, config, before.as_ref());
             }
+            for what in config.iter().flat_map(|config| &config.not_enabled) {
+                agent.say(what);
+            }
             agent.state().config = config;
             agent.note("config", Ok(()));
         }

@@ -42,6 +42,15 @@ pub struct GuestConfig {
     /// What must be there before the guest is ready.
     #[serde(default)]
     pub requires: Requires,
+    /// What the agent does for the host: `exec`, `shell`, `copy`, `logs`. Absent: all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handlers: Option<Vec<String>>,
+    /// systemd units that have to be active before the guest is ready.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<String>,
+    /// What is left out because a secret is missing, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_enabled: Vec<String>,
 }
 
 /// Whose guest this is.
@@ -270,6 +279,9 @@ mod tests {
                 backoff_ms: 0,
             }),
             requires: Requires { data: true, config: true, secrets: true },
+            handlers: Some(vec!["exec".into(), "logs".into()]),
+            services: vec!["redis.service".into()],
+            not_enabled: vec!["sync.service: secret sync-token is missing".into()],
         }
     }
 

@@ -5,8 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use mvm_types::{PoolId, RoleError};
 
 use super::{DesiredState, DesiredTenant, Problem, SCHEMA_VERSION};
+use crate::vm::pool::role::Protocol;
 use crate::vm::pool::{BUILTIN, PoolSpec, check_reference};
 
+/// The port of the host's SSH: who exposes it locks himself out.
+const SSH: u16 = 22;
 /// The most pools that a tenant can have: what is looked at in pairs stays quick.
 const MAX_POOLS: usize = 4096;
 
@@ -31,7 +34,30 @@ pub(super) fn validate(desired: &DesiredState) -> Vec<Problem> {
         validate_tenant(tenant, &place, &mut problem);
     }
     overlaps(desired, &mut problem);
+    exposures(desired, &mut problem);
     found
+}
+
+/// Finds ports of the host that are given twice, or that are not there to be given.
+fn exposures(desired: &DesiredState, problem: &mut impl FnMut(String, String)) {
+    let mut given: BTreeMap<(Protocol, u16), String> = BTreeMap::new();
+    for (t, tenant) in desired.tenants.iter().enumerate() {
+        for (p, pool) in tenant.pools.iter().enumerate() {
+            for (e, exposure) in pool.expose.iter().enumerate() {
+                let place = format!("tenants[{t}].pools[{p}].expose[{e}]");
+                let (protocol, port) = (exposure.protocol, exposure.on_host());
+                if port == 0 || exposure.port == 0 {
+                    problem(place, "port 0 is none; ports are 1 to 65535".to_owned());
+                } else if (protocol, port) == (Protocol::Tcp, SSH) {
+                    problem(place, format!("host port {SSH}/tcp is how the host itself is reached; give another host_port"));
+                } else if let Some(first) = given.get(&(protocol, port)) {
+                    problem(place, format!("host port {port}/{} is given already to {first}", protocol.as_str()));
+                } else {
+                    given.insert((protocol, port), place);
+                }
+            }
+        }
+    }
 }
 
 /// Finds subnets that overlap another one: sorted, each can only overlap the widest of those that begin before it.

@@ -13,7 +13,7 @@ use crate::agent::observe::{ImagePresence, ObservedInstance, ObservedPool, Obser
 use crate::agent::order::{bring_up_order, waits_for, waits_on};
 use crate::vm::instance::{StateName, Verb};
 use crate::vm::pool::PoolSpec;
-use crate::vm::pool::role::role_priority;
+use crate::vm::pool::role::Roles;
 use crate::vm::sleep_policy;
 use crate::vmm::Liveness;
 
@@ -27,6 +27,8 @@ struct PoolWork<'a> {
     held: Option<String>,
     /// The last steps of what goes down.
     down: Vec<usize>,
+    /// The last steps of what comes up.
+    up: Vec<usize>,
     /// Whether something that should go down cannot yet.
     down_deferred: bool,
     /// The step that writes down its new instances.
@@ -52,7 +54,7 @@ impl Planner<'_> {
         }
         // A new pool has its place once those that are pruned have given it up.
         let new_pool: Vec<Edge> = document.map(needs).into_iter().chain(down_ends.iter().copied().map(follows)).collect();
-        let order = bring_up_order(&desired.pools);
+        let order = bring_up_order(&desired.pools, &self.observed.roles);
         let mut works: BTreeMap<&PoolId, PoolWork<'_>> = BTreeMap::new();
         for &spec in &order {
             let pool = observed.and_then(|tenant| tenant.pools.get(&spec.pool_id));
@@ -85,6 +87,19 @@ impl Planner<'_> {
         let network = self.network_for(&desired.tenant_id, &works, new, destroyed);
         for &spec in &order {
             self.up(desired, spec, &mut works, network);
+        }
+        self.expose(desired, &works);
+    }
+
+    /// Plans that ports which are exposed lead to the instances that run at the end.
+    fn expose(&mut self, desired: &DesiredTenant, works: &BTreeMap<&PoolId, PoolWork<'_>>) {
+        let exposing = desired.pools.iter().filter(|pool| !pool.expose.is_empty());
+        let changes: Vec<Edge> = exposing
+            .filter_map(|pool| works.get(&pool.pool_id))
+            .flat_map(|work| work.down.iter().chain(&work.up).copied().map(follows))
+            .collect();
+        if !changes.is_empty() {
+            self.step(Action::ApplyNetwork, "exposed ports lead to what runs", changes);
         }
     }
 
@@ -159,8 +174,11 @@ impl Planner<'_> {
                 let action = Action::CreatePool { pool: pool.clone(), spec: spec.clone().into() };
                 ready = vec![needs(self.step(action, "declared", new_pool.to_vec()))];
             }
-            Some(observed) if observed.doc.spec != *spec => {
-                let why = changed_fields(&observed.doc.spec, spec);
+            Some(observed) if observed.doc.spec != *spec || observed.doc.role_traits() != *self.observed.roles.of(spec) => {
+                let why = match observed.doc.spec == *spec {
+                    true => format!("the manifest says something else of role {}", spec.role),
+                    false => changed_fields(&observed.doc.spec, spec),
+                };
                 ready = vec![needs(self.step(Action::UpdatePool { pool: pool.clone(), spec: spec.clone().into() }, why, after))];
             }
             Some(_) => {}
@@ -279,7 +297,7 @@ impl Planner<'_> {
             return;
         }
         let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
-        let behind = |other: &&PoolSpec| role_priority(other.role) > role_priority(spec.role) || waits_on(other, spec);
+        let behind = |other: &&PoolSpec| self.observed.roles.priority(other) > self.observed.roles.priority(spec) || waits_on(other, spec);
         let later: Vec<&PoolId> = tenant.pools.iter().filter(behind).map(|other| &other.pool_id).collect();
         let first = later.iter().find(|id| works[**id].down_deferred).map(|id| (*id).clone());
         let after: Vec<Edge> = works[&spec.pool_id]
@@ -288,20 +306,24 @@ impl Planner<'_> {
             .copied()
             .chain(later.iter().flat_map(|id| works[*id].down.iter().copied().map(needs)))
             .collect();
+        let traits = self.observed.roles.of(spec).into_owned();
+        let policy = sleep_policy::effective(&spec.runtime_policy, &traits);
+        let mut running = works[&spec.pool_id].assignment.keep_running
+            + u32::try_from(chains.iter().filter(|chain| leaves_running(chain)).count()).unwrap_or(u32::MAX);
         for chain in chains {
             let instance = chain.instance.expect("what goes down is there");
             let at = instance.doc.at();
             let what = chain.verbs[0].as_str();
-            let wait = if spec.pinned {
+            let wait = if leaves_running(&chain) && running <= policy.min_running {
+                Some((format!("{} of {pool} run at least (min_running of role {})", policy.min_running, spec.role), None))
+            } else if spec.pinned {
                 Some(("the pool is pinned".to_owned(), None))
             } else if let Some(first) = &first {
                 Some((format!("pool {}/{first} goes down first, and cannot yet", tenant.tenant_id), None))
             } else if let Some((why, wait)) = self.waits(instance.doc.failure.as_ref()) {
                 Some((why, Some(wait)))
             } else {
-                sleep_policy::may(chain.verbs[0], &instance.doc.state, &spec.runtime_policy, self.now)
-                    .err()
-                    .map(|keep| (keep.why, Some(keep.wait)))
+                sleep_policy::may(chain.verbs[0], &instance.doc.state, &policy, self.now).err().map(|keep| (keep.why, Some(keep.wait)))
             };
             let work = works.get_mut(&spec.pool_id).expect("every pool has work");
             if let Some((why, wait)) = wait {
@@ -337,6 +359,7 @@ impl Planner<'_> {
                 }
                 goal => format!("{pool} wants {}", wanted(spec, goal)),
             };
+            running -= u32::from(leaves_running(&chain));
             let last = self.chain(&Target::Existing(at), &chain, &why, after.clone());
             works.get_mut(&spec.pool_id).expect("every pool has work").down.push(last);
         }
@@ -408,9 +431,10 @@ impl Planner<'_> {
         after.extend(work.created.map(needs));
         after.extend(network.map(needs));
         after.extend(waits_for(spec, &tenant.pools).filter_map(|other| works[&other.pool_id].gate).map(needs));
-        let lower = tenant.pools.iter().filter(|other| role_priority(other.role) < role_priority(spec.role));
+        let lower = tenant.pools.iter().filter(|other| self.observed.roles.priority(other) < self.observed.roles.priority(spec));
         after.extend(lower.filter_map(|other| works[&other.pool_id].gate).map(follows));
         let mut ends = Vec::new();
+        let mut lasts = Vec::new();
         let mut ordinal = 0;
         let mut serial = None;
         for chain in &up {
@@ -427,6 +451,7 @@ impl Planner<'_> {
                 after.extend(serial.map(follows));
             }
             let last = self.chain(&target, chain, &format!("{pool} wants {}", wanted(spec, chain.goal)), after);
+            lasts.push(last);
             match chain.goal {
                 StateName::Sleeping => serial = Some(last),
                 StateName::Running => ends.push(needs(last)),
@@ -444,7 +469,9 @@ impl Planner<'_> {
                 Some(self.chain(&Target::Existing(one.doc.at()), chain, "it is made from something else than the pool is now", after));
         }
         ends.extend(rolling.map(needs));
-        if !ends.is_empty() && has_followers(spec, tenant) {
+        lasts.extend(rolling);
+        works.get_mut(&spec.pool_id).expect("every pool has work").up = lasts;
+        if !ends.is_empty() && has_followers(spec, tenant, &self.observed.roles) {
             let wanted = spec.desired_counts.running;
             let gate = self.step(Action::Gate { pool, wanted }, "what waits for this pool starts when it is ready", ends);
             works.get_mut(&spec.pool_id).expect("every pool has work").gate = Some(gate);
@@ -512,7 +539,7 @@ impl Planner<'_> {
     fn destroy_pools(&mut self, pools: Vec<&ObservedPool>) -> Vec<usize> {
         let specs: Vec<PoolSpec> = pools.iter().map(|pool| pool.doc.spec.clone()).collect();
         let mut ends: Vec<usize> = Vec::new();
-        for spec in bring_up_order(&specs).into_iter().rev() {
+        for spec in bring_up_order(&specs, &self.observed.roles).into_iter().rev() {
             let pool = pools.iter().find(|pool| pool.doc.spec.pool_id == spec.pool_id).expect("the order has the same pools");
             let tenant = &pool.doc.tenant_id;
             let before: Vec<Edge> = ends.iter().copied().map(needs).collect();
@@ -547,9 +574,14 @@ impl Planner<'_> {
     }
 }
 
+/// Tells whether a running instance would not run any more.
+fn leaves_running(chain: &Chain<'_>) -> bool {
+    chain.goal != StateName::Running && chain.instance.is_some_and(|one| one.doc.state.name() == StateName::Running)
+}
+
 /// Tells whether other pools come after this one.
-fn has_followers(spec: &PoolSpec, tenant: &DesiredTenant) -> bool {
-    tenant.pools.iter().any(|other| role_priority(other.role) > role_priority(spec.role) || waits_on(other, spec))
+fn has_followers(spec: &PoolSpec, tenant: &DesiredTenant, roles: &Roles) -> bool {
+    tenant.pools.iter().any(|other| roles.priority(other) > roles.priority(spec) || waits_on(other, spec))
 }
 
 fn wanted(spec: &PoolSpec, goal: StateName) -> String {

@@ -115,6 +115,15 @@ impl Reference {
         }
     }
 
+    /// The flake's directory, where its sources lie on this host as they are.
+    pub fn directory(&self) -> Option<PathBuf> {
+        match self {
+            Reference::Path { dir } => Some(dir.clone()),
+            Reference::Git { root, dir, branch: None, rev: None } => Some(dir.as_ref().map_or_else(|| root.clone(), |dir| root.join(dir))),
+            _ => None,
+        }
+    }
+
     /// The reference as nix reads it, without anything left to guess.
     pub fn to_nix(&self) -> String {
         match self {

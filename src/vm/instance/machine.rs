@@ -1,17 +1,19 @@
 //! From documents to what a driver needs: drives, interface, identity. Start and wake take the same path.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use mvm_guest_api::config as guest;
-use mvm_types::Role;
+use mvm_types::{Role, SecretName};
 use zeroize::Zeroizing;
 
 use super::lifecycle::Locked;
 use crate::host::{DriveFile, DriveLabel};
-use crate::vm::error::LifecycleError;
+use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::node::VmmUids;
-use crate::vm::pool::{Image, RestartPolicy};
+use crate::vm::pool::role::RoleTraits;
+use crate::vm::pool::{Exposure, Image, RestartPolicy};
 use crate::vm::tenant;
 use crate::vmm::{Drive, DriveAccess, Lifetime, Nic, VmSpec};
 
@@ -28,20 +30,21 @@ impl Machine<'_, '_> {
         let run_dir = host.ensure_run_dir(&at.instance)?;
         let network = doc.network(&tenant.network.network());
         let uid = (node.uids == VmmUids::PerInstance).then(|| network.uid());
-        let config = [DriveFile { name: "config.json".into(), content: Zeroizing::new(self.config()?.to_json()), mode: 0o444 }];
-        let secrets = tenant::unsealed(node, tenant)?;
-        // Each takes milliseconds, and none needs another.
-        let (config, secrets, data, tap) = std::thread::scope(|scope| {
-            let config = scope.spawn(|| host.build_drive(&at.instance, DriveLabel::Config, &config));
-            let secrets = scope.spawn(|| host.build_drive(&at.instance, DriveLabel::Secrets, &secrets));
-            let data = self.data();
-            let tap = host.create_tap(&network, uid);
-            (config.join().expect("building a drive does not panic"), secrets.join().expect("building a drive does not panic"), data, tap)
+        let traits = self.instance.pool.role_traits();
+        // All that the role requires, before anything is made that has to be taken away again.
+        let (config, secrets) = std::thread::scope(|scope| {
+            let config = scope.spawn(|| self.config_drive(&traits));
+            let secrets = scope.spawn(|| self.secrets_drive(&traits));
+            let joined = "building a drive does not panic";
+            (config.join().expect(joined), secrets.join().expect(joined))
         });
+        let (config, secrets) = (config?, secrets?);
+        let data = self.data()?;
+        let tap = host.create_tap(&network, uid)?;
         let mut drives = vec![Drive { name: "root", file: open(image)?, access: DriveAccess::ReadOnly }];
-        drives.extend(data?.map(|file| Drive { name: "data", file, access: DriveAccess::ReadWrite }));
-        drives.push(Drive { name: "secrets", file: secrets?, access: DriveAccess::ReadOnly });
-        drives.push(Drive { name: "config", file: config?, access: DriveAccess::ReadOnly });
+        drives.extend(data.map(|file| Drive { name: "data", file, access: DriveAccess::ReadWrite }));
+        drives.extend(secrets.map(|file| Drive { name: "secrets", file, access: DriveAccess::ReadOnly }));
+        drives.push(Drive { name: "config", file: config, access: DriveAccess::ReadOnly });
         Ok(VmSpec {
             at: at.clone(),
             node: node.id.clone(),
@@ -52,7 +55,7 @@ impl Machine<'_, '_> {
             initrd: image.initrd.clone(),
             kernel_args: image.kernel_args.clone(),
             drives,
-            nic: Some(Nic { tap: tap?, mac: network.mac().0 }),
+            nic: Some(Nic { tap, mac: network.mac().0 }),
             run_dir,
             console_log: node.paths.console_log(at),
             vmm_log: node.paths.vmm_log(at),
@@ -71,13 +74,60 @@ impl Machine<'_, '_> {
         }
     }
 
+    /// The drive from which the guest learns who it is; every instance has one.
+    fn config_drive(&self, traits: &RoleTraits) -> Result<OwnedFd, LifecycleError> {
+        let Locked { node, at, doc, pool, .. } = self.instance;
+        let build = || {
+            let mut files = vec![drive_file("config.json", self.config(traits)?.to_json())];
+            if doc.role == Role::Gateway {
+                files.push(drive_file("gateway.json", gateway_rules(&pool.spec.expose)));
+            }
+            Ok(node.host().build_drive(&at.instance, DriveLabel::Config, &files)?)
+        };
+        build().map_err(|error| self.lacking("configuration", traits.requires_config_drive, error))
+    }
+
+    /// The drive with the tenant's secrets, for a role that has to do with them.
+    fn secrets_drive(&self, traits: &RoleTraits) -> Result<Option<OwnedFd>, LifecycleError> {
+        let Locked { node, at, tenant, .. } = self.instance;
+        if !traits.requires_secrets_drive {
+            return Ok(None);
+        }
+        let build = || {
+            let secrets = tenant::unsealed(node, tenant)?;
+            Ok(Some(node.host().build_drive(&at.instance, DriveLabel::Secrets, &secrets)?))
+        };
+        build().map_err(|error| self.lacking("secrets", true, error))
+    }
+
+    /// Says that a drive is missing which the role requires.
+    fn lacking(&self, drive: &str, required: bool, error: LifecycleError) -> LifecycleError {
+        if !required || error.is_killed() {
+            return error;
+        }
+        let Locked { at, doc, .. } = self.instance;
+        let why = format!("its role {} requires the {drive} drive, which cannot be made: {}", doc.role, with_causes(&error));
+        LifecycleError::Unready { what: format!("start {at}"), why }
+    }
+
     /// What the guest learns of itself.
-    fn config(&self) -> Result<guest::GuestConfig, LifecycleError> {
+    fn config(&self, traits: &RoleTraits) -> Result<guest::GuestConfig, LifecycleError> {
         let Locked { node, at, doc, tenant, pool, .. } = self.instance;
         let network = doc.network(&tenant.network.network());
         let subnet = tenant.network.ipv4_subnet;
         let address = network.address().map_err(|error| LifecycleError::Invalid { place: at.to_string(), why: error.to_string() })?;
-        let workload = doc.blueprint.workload.as_ref().map(|workload| guest::Workload {
+        // A role without the drive has none of them.
+        let there = if traits.requires_secrets_drive { node.secret_names(&tenant.tenant_id)? } else { BTreeSet::new() };
+        let mut not_enabled = Vec::new();
+        let mut enabled = |what: &str, needs: &[SecretName]| {
+            let missing = missing_secrets(what, needs, &there);
+            not_enabled.extend(missing.clone());
+            missing.is_none()
+        };
+        let services =
+            traits.services.iter().filter(|service| enabled(&service.unit, &service.secrets)).map(|service| service.unit.clone()).collect();
+        let workload = doc.blueprint.workload.as_ref().filter(|workload| enabled("workload", &workload.secrets));
+        let workload = workload.map(|workload| guest::Workload {
             command: workload.command.clone(),
             env: workload.env.clone(),
             restart: match workload.restart {
@@ -109,9 +159,32 @@ impl Machine<'_, '_> {
             }),
             forward: doc.role == Role::Gateway,
             workload,
-            requires: guest::Requires { data: doc.blueprint.resources.data_disk_mib > 0, config: true, secrets: true },
+            requires: guest::Requires {
+                data: doc.blueprint.resources.data_disk_mib > 0,
+                config: true,
+                secrets: traits.requires_secrets_drive,
+            },
+            handlers: Some(traits.vsock_handlers.iter().map(|handler| handler.as_str().to_owned()).collect()),
+            services,
+            not_enabled,
         })
     }
+}
+
+fn drive_file(name: &str, content: Vec<u8>) -> DriveFile {
+    DriveFile { name: name.into(), content: Zeroizing::new(content), mode: 0o444 }
+}
+
+/// Says what is not enabled because of which missing secrets; `None` when all are there.
+pub fn missing_secrets(what: &str, needs: &[SecretName], there: &BTreeSet<SecretName>) -> Option<String> {
+    let missing: Vec<&str> = needs.iter().filter(|name| !there.contains(*name)).map(SecretName::as_str).collect();
+    (!missing.is_empty()).then(|| format!("{what} is not enabled: the tenant has no secret {}", missing.join(", ")))
+}
+
+/// `gateway.json`: what a gateway lets in from outside its tenant.
+fn gateway_rules(expose: &[Exposure]) -> Vec<u8> {
+    let allow: Vec<_> = expose.iter().map(|one| serde_json::json!({ "protocol": one.protocol, "port": one.port })).collect();
+    serde_json::json!({ "version": 1, "allow": allow }).to_string().into_bytes()
 }
 
 fn open(image: &Image) -> Result<OwnedFd, LifecycleError> {

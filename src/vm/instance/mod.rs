@@ -2,6 +2,7 @@
 
 mod config;
 mod create;
+mod exposure;
 mod lifecycle;
 mod machine;
 mod recover;
@@ -9,6 +10,8 @@ mod snapshot;
 mod state;
 
 pub use config::InstanceDoc;
+pub use exposure::exposed;
 pub use lifecycle::{SNAPSHOT_REFUSED, StopMode};
+pub use machine::missing_secrets;
 pub use snapshot::{FileHash, SnapshotError, SnapshotManifest, hash_file, manifest_key};
 pub use state::{IllegalTransition, InstanceState, StateName, StopReason, Transition, TransitionStep, Verb};

@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 use super::config::{BUILTIN, PoolSpec};
 use super::nix_manifest::{ManifestError, NixManifest};
 use super::revision::{Origin, OriginFile, closure_hash};
+use super::role::RoleTraits;
 use crate::image;
 use crate::image::nix::fingerprint::{Seen, fingerprint};
 use crate::image::nix::{BuildError, BuildWatch, FlakeBuilder, FlakeImage, Job, Limits, Record, Reference};
@@ -70,12 +71,10 @@ pub enum ImageError {
         source: Box<BuildError>,
     },
     /// Its flake's manifest is wrong, or does not have what was asked for.
-    #[error("cannot build the image of {flake_ref}, profile {profile}")]
+    #[error("flake {flake_ref}")]
     Manifest {
         /// The flake reference.
         flake_ref: String,
-        /// The profile.
-        profile: String,
         /// What is wrong.
         #[source]
         source: Box<ManifestError>,
@@ -146,6 +145,13 @@ pub trait ImageSource: Send + Sync {
 
     /// Makes the image that mvm carries itself, unless it is there; tells of its progress in words.
     fn ensure_builtin(&self, progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError>;
+
+    /// What the pool's role means by the manifest of its flake; `None` where there is no manifest, or none that can be read without
+    /// fetching the flake.
+    ///
+    /// # Errors
+    /// When the manifest is not right, or lacks the role or the profile.
+    fn role_traits(&self, spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError>;
 
     /// Finds a built image and checks that it is whole, as far as sizes tell.
     fn open(&self, revision: &RevisionId) -> Result<Image, ImageError>;
@@ -232,9 +238,12 @@ impl NodeImages {
                 return Err(unreachable("it changes all the time while it is read".into()).into());
             }
         };
-        let name = match NixManifest::load(&source.tree)? {
-            Some(manifest) => manifest.resolve(spec.role, &spec.profile)?.attribute,
-            None => format!("tenant-{}", spec.profile),
+        let (name, traits) = match NixManifest::load(&source.tree)? {
+            Some(manifest) => {
+                let traits = manifest.role_requirements(spec.role)?.clone();
+                (manifest.resolve(spec.role, &spec.profile)?.attribute, Some(traits))
+            }
+            None => (format!("tenant-{}", spec.profile), None),
         };
         let attribute = format!("packages.{SYSTEM}.{name}");
         let sources = before.as_ref().unwrap_or(&source.locked);
@@ -274,6 +283,7 @@ impl NodeImages {
             took_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             builder: Some(builder.kind()),
             fingerprint: before.clone(),
+            traits,
         };
         self.keep(&exact, &origin)?;
         if let Some(key) = quick(&before) {
@@ -475,7 +485,7 @@ impl ImageSource for NodeImages {
         if spec.flake_ref != BUILTIN {
             return self.flake(request).map_err(|failure| match failure {
                 FlakeFailure::Build(source) => ImageError::Flake { flake_ref, profile, source: source.into() },
-                FlakeFailure::Manifest(source) => ImageError::Manifest { flake_ref, profile, source: source.into() },
+                FlakeFailure::Manifest(source) => ImageError::Manifest { flake_ref, source: source.into() },
             });
         }
         let (manifest, took) =
@@ -494,12 +504,17 @@ impl ImageSource for NodeImages {
             took_ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
             builder: None,
             fingerprint: None,
+            traits: None,
         })
     }
 
     fn ensure_builtin(&self, progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError> {
         let refused = |why| ImageError::Build { flake_ref: BUILTIN.to_owned(), profile: "minimal".to_owned(), why };
         Ok(self.builtin(progress).map_err(refused)?.0.revision)
+    }
+
+    fn role_traits(&self, spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError> {
+        role_traits(spec)
     }
 
     fn open(&self, revision: &RevisionId) -> Result<Image, ImageError> {
@@ -596,6 +611,20 @@ impl ImageSource for NodeImages {
     }
 }
 
+/// What a role means by the manifest of a flake that lies on this host.
+fn role_traits(spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError> {
+    // Only mvm's own roles are accepted for the built-in image. That a flake is not there is for its build to say.
+    let Ok(Some(flake)) = Reference::locate(&spec.flake_ref).map(|reference| reference.directory()) else { return Ok(None) };
+    let wrong = |source: ManifestError| ImageError::Manifest { flake_ref: spec.flake_ref.clone(), source: source.into() };
+    match NixManifest::load(&flake).map_err(wrong)? {
+        None => Ok(None),
+        Some(manifest) => {
+            manifest.resolve(spec.role, &spec.profile).map_err(wrong)?;
+            Ok(Some(manifest.role_requirements(spec.role).map_err(wrong)?.clone()))
+        }
+    }
+}
+
 /// Images that need no building and boot nothing: for the simulation.
 pub struct SimulatedImages;
 
@@ -616,11 +645,16 @@ impl ImageSource for SimulatedImages {
             took_ms: 0,
             builder: None,
             fingerprint: None,
+            traits: role_traits(spec)?,
         })
     }
 
     fn ensure_builtin(&self, _progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError> {
         Ok(RevisionId::from_hash([0; 8]))
+    }
+
+    fn role_traits(&self, spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError> {
+        role_traits(spec)
     }
 
     fn open(&self, revision: &RevisionId) -> Result<Image, ImageError> {

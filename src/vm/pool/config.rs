@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use mvm_types::{PoolAddress, PoolId, ProfileName, RevisionId, Role, TenantId};
+use mvm_types::{PoolAddress, PoolId, ProfileName, RevisionId, Role, SecretName, TenantId};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::revision::LastBuild;
+use super::role::{Port, Protocol, RoleTraits};
 use crate::infra::clock::Moment;
 use crate::infra::failure::Failure;
 use crate::store::Document;
@@ -68,11 +69,14 @@ pub struct RuntimePolicy {
     pub drain_timeout_seconds: u32,
     /// Seconds that a guest may take to shut down before its VMM is killed.
     pub graceful_shutdown_seconds: u32,
+    /// How many instances a plan leaves running whatever else is wanted, as long as the pool is declared; its role may demand more.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub min_running: u32,
 }
 
 impl Default for RuntimePolicy {
     fn default() -> Self {
-        Self { min_running_seconds: 60, min_warm_seconds: 30, drain_timeout_seconds: 30, graceful_shutdown_seconds: 15 }
+        Self { min_running_seconds: 60, min_warm_seconds: 30, drain_timeout_seconds: 30, graceful_shutdown_seconds: 15, min_running: 0 }
     }
 }
 
@@ -102,6 +106,37 @@ pub struct Workload {
     /// When it is started again.
     #[serde(default)]
     pub restart: RestartPolicy,
+    /// Secrets of the tenant without which it is not started.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<SecretName>,
+}
+
+/// A port of a pool's instances that is reachable from outside the tenant, through the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Exposure {
+    /// The port in the guest.
+    #[schemars(range(min = 1))]
+    pub port: u16,
+    /// The port of the host; the same number unless another is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub host_port: Option<u16>,
+    /// The protocol.
+    #[serde(default)]
+    pub protocol: Protocol,
+}
+
+impl Exposure {
+    /// The port of the host.
+    pub fn on_host(self) -> u16 {
+        self.host_port.unwrap_or(self.port)
+    }
+
+    /// The port in the guest.
+    pub fn in_guest(self) -> Port {
+        Port { port: self.port, protocol: self.protocol }
+    }
 }
 
 /// A pool as declared: one homogeneous workload of a tenant.
@@ -137,9 +172,12 @@ pub struct PoolSpec {
     /// A critical pool comes before the others of its role: it gets room first and gives it up last.
     #[serde(default, skip_serializing_if = "is_false")]
     pub critical: bool,
-    /// What the instances of a built-in image run.
+    /// What its instances run besides what is in their image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workload: Option<Workload>,
+    /// Ports that are reachable from outside, as far as its role allows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub expose: Vec<Exposure>,
 }
 
 fn builtin() -> String {
@@ -148,6 +186,11 @@ fn builtin() -> String {
 
 fn minimal() -> ProfileName {
     "minimal".parse().expect("minimal is a profile name")
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // The signature is serde's.
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // The signature is serde's.
@@ -170,6 +213,7 @@ impl PoolSpec {
             pinned: false,
             critical: false,
             workload: None,
+            expose: Vec::new(),
         }
     }
 
@@ -210,6 +254,9 @@ pub struct PoolDoc {
     pub config_version: u64,
     /// When it was made.
     pub created: Moment,
+    /// What its role means by the manifest of its flake; none where it is one of mvm's own without a manifest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traits: Option<RoleTraits>,
     /// What last went wrong with its image, until it goes right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
@@ -219,6 +266,11 @@ impl PoolDoc {
     /// Returns the pool's address.
     pub fn address(&self) -> PoolAddress {
         PoolAddress::new(self.tenant_id.clone(), self.spec.pool_id.clone())
+    }
+
+    /// Returns what its role means.
+    pub fn role_traits(&self) -> RoleTraits {
+        self.traits.clone().unwrap_or_else(|| RoleTraits::built_in(self.spec.role))
     }
 }
 

@@ -57,6 +57,7 @@ impl Node {
             return Err(LifecycleError::Exists { kind: "pool", name: pool.to_string() });
         }
         quotas.check_pools(tenant, self.pools(tenant)?.len() + 1)?;
+        let traits = self.images().role_traits(&PoolSpec { role, ..spec.clone() })?;
         let doc = PoolDoc {
             version: PoolDoc::VERSION,
             tenant_id: tenant.clone(),
@@ -65,6 +66,7 @@ impl Node {
             built: None,
             config_version: 1,
             created: self.clock().now(),
+            traits,
             failure: None,
         };
         let result = self.documents().write(&keys::pool_doc(&pool), &doc).map_err(LifecycleError::from);
@@ -84,6 +86,11 @@ impl Node {
             let why =
                 format!("a pool's role is fixed for its life, and it is a {role}: create a pool of another name, and destroy this one");
             return Err(LifecycleError::Refused { what: format!("make {pool} a {}", spec.role), why });
+        }
+        if let Some(traits) = self.images().role_traits(&spec)? {
+            doc.traits = Some(traits);
+        } else if spec.flake_ref != doc.spec.flake_ref {
+            doc.traits = None;
         }
         doc.spec = spec;
         doc.config_version += 1;
@@ -158,6 +165,7 @@ impl Node {
             self.documents().write(&key, &RevisionDoc { version: RevisionDoc::VERSION, origin: origin.clone(), built })?;
         }
         doc.revision = Some(origin.revision.clone());
+        doc.traits.clone_from(&origin.traits);
         doc.built = Some(last);
         doc.failure = None;
         Ok(())

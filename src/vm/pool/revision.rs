@@ -6,6 +6,7 @@ use mvm_types::{PoolAddress, ProfileName, RevisionId};
 use serde::{Deserialize, Serialize};
 
 use super::config::{BUILTIN, PoolSpec};
+use super::role::RoleTraits;
 use crate::image::nix::{BuilderKind, ClosurePath};
 use crate::infra::clock::Moment;
 use crate::store::Document;
@@ -46,6 +47,9 @@ pub struct Origin {
     /// The flake's sources, where they can be told from others without nix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<String>,
+    /// What the pool's role means by the flake's manifest; none without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traits: Option<RoleTraits>,
 }
 
 /// One file of an image.
@@ -237,12 +241,13 @@ impl Node {
 
     fn roll_back(&self, pool: &PoolAddress, revision: &RevisionId, doc: &mut super::PoolDoc) -> Result<(), LifecycleError> {
         let _images = self.lock(keys::IMAGES_LOCK)?;
-        if self.documents().read::<RevisionDoc>(&keys::revision_doc(pool, revision))?.is_none() {
+        let Some(known) = self.documents().read::<RevisionDoc>(&keys::revision_doc(pool, revision))? else {
             return Err(LifecycleError::NotFound { kind: "revision", name: format!("{revision} of {pool}"), known: Vec::new() });
-        }
+        };
         self.images().open(revision)?;
         if doc.revision.as_ref() != Some(revision) {
             doc.revision = Some(revision.clone());
+            doc.traits = known.origin.traits;
             doc.failure = None;
             self.documents().write(&keys::pool_doc(pool), doc)?;
         }
@@ -268,6 +273,7 @@ pub(super) mod tests {
             took_ms: 1,
             builder: Some(BuilderKind::Host),
             fingerprint: Some("f".into()),
+            traits: None,
         }
     }
 

@@ -1,10 +1,13 @@
 //! What a role means: its place in the order, the drives it needs, what it may expose, and what is on in its guests.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mvm_types::{Role, SecretName};
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use super::config::PoolSpec;
+pub use crate::net::Protocol;
 
 /// The highest place in the order that a manifest can give.
 pub const MAX_PRIORITY: u16 = 1000;
@@ -49,27 +52,6 @@ pub enum Ports {
 impl Default for Ports {
     fn default() -> Self {
         Ports::Only(Vec::new())
-    }
-}
-
-/// A transport protocol.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Protocol {
-    /// TCP.
-    #[default]
-    Tcp,
-    /// UDP.
-    Udp,
-}
-
-impl Protocol {
-    /// Returns the name used in documents and rules.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Protocol::Tcp => "tcp",
-            Protocol::Udp => "udp",
-        }
     }
 }
 
@@ -153,6 +135,30 @@ impl RoleTraits {
             Ports::Any => true,
             Ports::Only(ports) => ports.contains(&port),
         }
+    }
+}
+
+/// What the roles of the pools that are planned mean.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Roles(BTreeMap<(String, Role), RoleTraits>);
+
+impl Roles {
+    /// Learns what a role means in a flake.
+    pub fn learn(&mut self, flake_ref: &str, role: Role, traits: RoleTraits) {
+        self.0.insert((flake_ref.to_owned(), role), traits);
+    }
+
+    /// What the role of a pool means.
+    pub fn of(&self, spec: &PoolSpec) -> Cow<'_, RoleTraits> {
+        match self.0.get(&(spec.flake_ref.clone(), spec.role)) {
+            Some(traits) => Cow::Borrowed(traits),
+            None => Cow::Owned(RoleTraits::built_in(spec.role)),
+        }
+    }
+
+    /// The place of a pool in the order: lower comes up earlier and goes to sleep later.
+    pub fn priority(&self, spec: &PoolSpec) -> u16 {
+        if self.0.is_empty() { role_priority(spec.role) } else { self.of(spec).priority }
     }
 }
 

@@ -132,6 +132,7 @@ impl Node {
                 missing.push(network);
             }
             ruleset.tenants.push((network, docs.iter().map(|doc| doc.network(&network)).collect()));
+            ruleset.exposed.extend(self.exposed(&tenant, &network, &docs)?);
         }
         // Rules first: a bridge never stands without them.
         if !ruleset.tenants.is_empty() {

@@ -1,6 +1,6 @@
 //! A tenant's secrets: sealed at rest, opened only into the drive that a guest gets.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mvm_types::{SecretName, TenantId};
 use serde::{Deserialize, Serialize};
@@ -95,6 +95,11 @@ impl Node {
         doc.secrets_epoch = epoch;
         self.documents().write(&keys::tenant_doc(tenant), &doc)?;
         Ok(epoch)
+    }
+
+    /// Returns the names of a tenant's secrets.
+    pub fn secret_names(&self, tenant: &TenantId) -> Result<BTreeSet<SecretName>, LifecycleError> {
+        Ok(self.secrets(tenant)?.secrets.into_keys().collect())
     }
 
     /// Returns a tenant's secrets, sealed.
