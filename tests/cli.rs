@@ -537,6 +537,19 @@ fn what_a_document_may_not_say_a_verb_may_not_either() {
 }
 
 #[test]
+fn some_names_are_taken() {
+    let node = Node::new();
+    for name in ["verify", "throwaway"] {
+        node.fails(2, &["tenant", "create", name, "--net-id", "7", "--subnet", "10.240.7.0/24"], &["cannot name a tenant"]);
+        node.fails(
+            2,
+            &["plan", "-f", &node.file("fleet.toml", FLEET.replace("\"acme\"", &format!("{name:?}")))],
+            &["tenants[0].tenant_id: "],
+        );
+    }
+}
+
+#[test]
 fn a_quota_of_pools_is_planned_and_pruned_pools_make_room() {
     let node = Node::new();
     let with = |pool: &str, prune: bool| {

@@ -177,6 +177,9 @@ pub struct SpecArgs {
     /// Seconds that a guest may take to shut down
     #[arg(long, value_name = "SECONDS")]
     graceful_shutdown_seconds: Option<u32>,
+    /// Seconds that a guest may take from its start until it is ready
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    ready_timeout_seconds: Option<u32>,
     /// A pool of the tenant that must be ready first; can be repeated, and replaces those there are
     #[arg(long, value_name = "POOL")]
     depends_on: Vec<PoolId>,
@@ -241,6 +244,7 @@ impl SpecArgs {
         set(&mut spec.runtime_policy.min_warm_seconds, &self.min_warm_seconds);
         set(&mut spec.runtime_policy.drain_timeout_seconds, &self.drain_timeout_seconds);
         set(&mut spec.runtime_policy.graceful_shutdown_seconds, &self.graceful_shutdown_seconds);
+        set(&mut spec.runtime_policy.ready_timeout_seconds, &self.ready_timeout_seconds);
         set(&mut spec.runtime_policy.min_running, &self.min_running);
         set(&mut spec.pinned, &self.pinned);
         set(&mut spec.critical, &self.critical);

@@ -1,10 +1,11 @@
 //! `mvm tenant`.
 
-use std::io::Read;
+use std::io::{BufRead, IsTerminal, Read};
 use std::path::Path;
 
 use clap::Subcommand;
 use mvm_types::{PoolAddress, SecretName, TenantId};
+use rustix::termios::{self, LocalModes, OptionalActions, Termios};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
@@ -253,11 +254,46 @@ fn secrets(globals: &Globals, node: &Node, command: SecretsCommand) -> Result<()
     Ok(())
 }
 
+/// Reads one line from the terminal without showing it; its end is not part of the value.
+fn ask_for(value: &mut Vec<u8>, limit: u64) -> std::io::Result<usize> {
+    eprint!("The secret's value, which is not shown (Enter ends it): ");
+    let silence = Silence::begin()?;
+    let read = std::io::stdin().lock().take(limit).read_until(b'\n', value);
+    drop(silence);
+    eprintln!();
+    if value.last() == Some(&b'\n') {
+        value.pop();
+    }
+    read
+}
+
+/// The terminal does not show what is typed until this is dropped.
+struct Silence(Termios);
+
+impl Silence {
+    fn begin() -> std::io::Result<Silence> {
+        let before = termios::tcgetattr(std::io::stdin())?;
+        let mut silent = before.clone();
+        silent.local_modes.remove(LocalModes::ECHO);
+        termios::tcsetattr(std::io::stdin(), OptionalActions::Flush, &silent)?;
+        Ok(Silence(before))
+    }
+}
+
+impl Drop for Silence {
+    fn drop(&mut self) {
+        // A terminal that is gone needs no restoring.
+        let _ = termios::tcsetattr(std::io::stdin(), OptionalActions::Drain, &self.0);
+    }
+}
+
 fn read_value(file: &Path) -> Result<Zeroizing<Vec<u8>>, CliError> {
     let invalid = |why: String| CliError::new(Exit::Usage, format!("{}: {why}", file.display()));
     let mut value = Zeroizing::new(Vec::with_capacity(MAX_SECRET + 1));
     let limit = MAX_SECRET as u64 + 1;
-    let read = if file == Path::new("-") {
+    let read = if file == Path::new("-") && std::io::stdin().is_terminal() {
+        ask_for(&mut value, limit)
+    } else if file == Path::new("-") {
         std::io::stdin().lock().take(limit).read_to_end(&mut value)
     } else {
         std::fs::File::open(file).and_then(|open| open.take(limit).read_to_end(&mut value))

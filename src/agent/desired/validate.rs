@@ -7,6 +7,7 @@ use mvm_types::{PoolId, RoleError};
 use super::{DesiredState, DesiredTenant, Problem, SCHEMA_VERSION};
 use crate::vm::pool::role::Protocol;
 use crate::vm::pool::{BUILTIN, PoolSpec, check_reference};
+use crate::vm::tenant::reserved;
 
 /// The port of the host's SSH: who exposes it locks himself out.
 const SSH: u16 = 22;
@@ -76,6 +77,9 @@ fn overlaps(desired: &DesiredState, problem: &mut impl FnMut(String, String)) {
 }
 
 fn validate_tenant(tenant: &DesiredTenant, place: &str, problem: &mut impl FnMut(String, String)) {
+    if let Some(why) = reserved(&tenant.tenant_id) {
+        problem(format!("{place}.tenant_id"), why);
+    }
     if tenant.pools.len() > MAX_POOLS {
         return problem(format!("{place}.pools"), format!("{} pools, and a tenant has at most {MAX_POOLS}", tenant.pools.len()));
     }
@@ -118,6 +122,9 @@ pub fn pool_problems(pool: &PoolSpec) -> Vec<(String, String)> {
     let disk = resources.data_disk_mib;
     if disk != 0 && !(8..=67_108_864).contains(&disk) {
         found.push(("instance_resources.data_disk_mib".into(), format!("{disk} MiB is neither 0 nor between 8 and 67108864")));
+    }
+    if pool.runtime_policy.ready_timeout_seconds == 0 {
+        found.push(("runtime_policy.ready_timeout_seconds".into(), "no guest is ready in 0 seconds".into()));
     }
     if !pool.role.is_built_in() && pool.flake_ref == BUILTIN {
         found.push(("role".into(), RoleError::unknown(pool.role).to_string()));

@@ -312,8 +312,8 @@ impl Locked<'_> {
     fn boot(&mut self, image: &crate::vm::pool::Image) -> Result<(VmHandle, String), LifecycleError> {
         let machine = Machine { instance: self };
         let vm = self.node.vmm().boot(machine.spec(image)?)?;
-        let ready = self.node.guests().control(&vm, Instant::now() + self.node.boot_timeout).and_then(|mut guest| {
-            let deadline = Instant::now() + self.node.boot_timeout;
+        let ready = self.node.guests().control(&vm, Instant::now() + self.patience()).and_then(|mut guest| {
+            let deadline = Instant::now() + self.patience();
             guest.wait_ready(deadline)
         });
         match ready {
@@ -527,6 +527,11 @@ impl Locked<'_> {
             self.ask_to_end(&vm);
         }
         self.end(StopReason::Requested)
+    }
+
+    /// How long its guest may take from a start until it is ready.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(self.policy().ready_timeout_seconds.into())
     }
 
     /// Asks the guest to end and waits; whether it did is seen by who kills what is left.

@@ -69,6 +69,8 @@ pub struct RuntimePolicy {
     pub drain_timeout_seconds: u32,
     /// Seconds that a guest may take to shut down before its VMM is killed.
     pub graceful_shutdown_seconds: u32,
+    /// Seconds that a guest may take from its start until it is ready; what waits for the pool is held no longer than that by each.
+    pub ready_timeout_seconds: u32,
     /// How many instances a plan leaves running whatever else is wanted, as long as the pool is declared; its role may demand more.
     #[serde(skip_serializing_if = "is_zero")]
     pub min_running: u32,
@@ -76,7 +78,14 @@ pub struct RuntimePolicy {
 
 impl Default for RuntimePolicy {
     fn default() -> Self {
-        Self { min_running_seconds: 60, min_warm_seconds: 30, drain_timeout_seconds: 30, graceful_shutdown_seconds: 15, min_running: 0 }
+        Self {
+            min_running_seconds: 60,
+            min_warm_seconds: 30,
+            drain_timeout_seconds: 30,
+            graceful_shutdown_seconds: 15,
+            ready_timeout_seconds: 60,
+            min_running: 0,
+        }
     }
 }
 

@@ -13,6 +13,16 @@ use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::keys;
 use crate::vm::node::Node;
 
+/// Says why no tenant can have a name: it has a meaning of its own somewhere.
+pub fn reserved(tenant: &TenantId) -> Option<String> {
+    let meaning = match tenant.as_str() {
+        "verify" => "`mvm events verify` checks the log",
+        "throwaway" => "it is whose machines `mvm run` makes",
+        _ => return None,
+    };
+    Some(format!("{tenant:?} cannot name a tenant: {meaning}"))
+}
+
 impl Node {
     /// Writes down a tenant with its network; refuses one whose network is not its own alone.
     pub fn tenant_create(&self, tenant: &TenantId, network: NetworkSpec, quotas: Quotas) -> Result<(), LifecycleError> {
@@ -38,6 +48,9 @@ impl Node {
 
     fn check_network(&self, tenant: &TenantId, network: &NetworkSpec) -> Result<(), LifecycleError> {
         let invalid = |field: &str, why: String| Err(LifecycleError::Invalid { place: format!("{tenant}: network.{field}"), why });
+        if let Some(why) = reserved(tenant) {
+            return Err(LifecycleError::Invalid { place: "tenant_id".to_owned(), why });
+        }
         let (net_id, subnet) = (network.tenant_net_id, network.ipv4_subnet);
         if let Some(former) = self.node_doc()?.retired_net_ids.get(&net_id.get()) {
             return invalid("tenant_net_id", format!("{net_id} belonged to tenant {former}, which is gone, and is never given again"));
@@ -58,6 +71,9 @@ impl Node {
     pub fn tenant_update(&self, tenant: &TenantId, quotas: Quotas) -> Result<(), LifecycleError> {
         let _guard = self.lock(&keys::tenant_dir(tenant))?;
         let mut doc = self.tenant(tenant)?;
+        if doc.quotas == quotas {
+            return Ok(());
+        }
         doc.quotas = quotas;
         let result = self.documents().write(&keys::tenant_doc(tenant), &doc).map_err(LifecycleError::from);
         self.audit_tenant("update tenant", tenant, &result)?;

@@ -6,5 +6,6 @@ mod sealing;
 mod secrets;
 
 pub use config::{NetworkSpec, Quotas, TenantDoc};
+pub use lifecycle::reserved;
 pub use sealing::NodeSealer;
 pub use secrets::{MAX_SECRET, MAX_SECRETS, SealedSecret, SecretChange, SecretsDoc, unsealed};
