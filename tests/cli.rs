@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
@@ -165,9 +165,10 @@ fn every_verb_does_its_work() {
     node.ok(&["pool", "destroy", "--yes", "acme/web"]);
     node.ok(&["tenant", "destroy", "--force", "acme"]);
     assert_eq!(node.json(&["tenant", "list"]), Value::Array(Vec::new()));
-    // Of a tenant that is gone the record stays, and its network id is not given again.
+    // Of a tenant that is gone the record stays, and its network id is given to nobody else.
     assert!(node.ok(&["events", "acme"]).contains("destroy tenant"));
-    node.fails(2, &["tenant", "create", "acme", "--net-id", "7", "--subnet", "10.240.7.0/24"], &["never given again"]);
+    node.fails(2, &["tenant", "create", "beta", "--net-id", "7", "--subnet", "10.240.7.0/24"], &["belonged to tenant acme"]);
+    node.ok(&["tenant", "create", "acme", "--net-id", "7", "--subnet", "10.240.7.0/24"]);
 }
 
 #[test]
@@ -432,6 +433,107 @@ fn a_torn_document_is_put_aside_and_named_and_the_others_go_on() {
     assert_eq!(node.addresses("Running").len(), 2);
 }
 
+/// Cuts a document off and returns what it was.
+fn tear(document: &Path) -> Vec<u8> {
+    let content = fs::read(document).unwrap();
+    fs::write(document, &content[..40]).unwrap();
+    content
+}
+
+#[test]
+fn a_torn_tenant_keeps_its_network_and_its_machines() {
+    let node = Node::with_fleet();
+    let before = node.json(&["instance", "list"]);
+    let problems = |node: &Node| node.run(&["net", "verify"]);
+    node.ok(&["net", "verify"]);
+    tear(&node.path("state/tenants/acme/tenant.json"));
+    for _ in 0..2 {
+        let ran = problems(&node);
+        assert_eq!(ran.code, 1, "{}{}", ran.out, ran.err);
+        assert!(ran.out.contains("what is there is known") && ran.out.contains("acme"), "{}", ran.out);
+    }
+    node.fails(2, &["tenant", "create", "evil", "--net-id", "7", "--subnet", "10.240.9.0/24"], &["7 belongs to tenant acme"]);
+    let fleet = node.file("fleet.toml", FLEET);
+    let plan = node.ok(&["plan", "-f", &fleet]);
+    assert!(plan.contains("create tenant") && !plan.contains("start"), "{plan}");
+    node.ok(&["apply", "-f", &fleet]);
+    assert_eq!(pids(&node.json(&["instance", "list"])), pids(&before));
+    node.ok(&["net", "verify"]);
+}
+
+fn pids(list: &Value) -> Vec<(String, Value)> {
+    list.as_array().unwrap().iter().map(|one| (one["instance"].to_string(), one["pid"].clone())).collect()
+}
+
+#[test]
+fn a_torn_or_lost_node_is_not_replaced() {
+    let node = Node::with_fleet();
+    let document = node.path("state/node.json");
+    let whole = tear(&document);
+    for _ in 0..2 {
+        node.fails(1, &["status"], &["node.json cannot be read", "restore it from a backup", "without one, write"]);
+        node.fails(1, &["pool", "build", "acme/web"], &["node.json cannot be read"]);
+    }
+    let doctor = node.run(&["doctor"]);
+    assert!(doctor.out.contains("node.json"), "{}", doctor.out);
+    assert_eq!(fs::read(&document).unwrap(), whole[..40]);
+    fs::remove_file(&document).unwrap();
+    node.fails(4, &["pool", "build", "acme/web"], &["cannot take a new node id", "node.json is gone, and there are tenants"]);
+    let doctor = node.run(&["doctor"]);
+    assert!(doctor.out.contains("node.json is gone"), "{}", doctor.out);
+    // Without a backup, as the error says.
+    let id = serde_json::from_slice::<Value>(&whole).unwrap()["node_id"].as_str().unwrap().to_owned();
+    fs::write(&document, format!("{{\"version\": 1, \"node_id\": \"{id}\"}}")).unwrap();
+    node.ok(&["apply", "-f", &node.file("fleet.toml", FLEET)]);
+}
+
+#[test]
+fn what_a_killed_creation_left_is_no_instance() {
+    let node = Node::with_fleet();
+    let instances = node.path("state/tenants/acme/pools/web/instances");
+    fs::create_dir(instances.join("i-0000aaaa")).unwrap();
+    fs::create_dir(instances.join("i-0000bbbb")).unwrap();
+    fs::write(instances.join("i-0000bbbb/.instance.json.tmp"), "{").unwrap();
+    node.ok(&["pool", "destroy", "--yes", "acme/web"]);
+    fs::create_dir_all(node.path("state/tenants/acme/pools/gw/instances/i-0000cccc")).unwrap();
+    node.ok(&["tenant", "destroy", "--yes", "acme"]);
+    assert_eq!(fs::read_dir(node.path("state/tenants")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_tap_that_is_gone_is_named() {
+    let node = Node::with_fleet();
+    let at = node.addresses("Running")[0].clone();
+    let host = node.path("run/simulated-host.json");
+    let mut state: Value = serde_json::from_slice(&fs::read(&host).unwrap()).unwrap();
+    let document = node.path("state/tenants/acme/pools/web/instances").join(at.rsplit('/').next().unwrap()).join("instance.json");
+    let offset = serde_json::from_slice::<Value>(&fs::read(document).unwrap()).unwrap()["offset"].clone();
+    let tap = format!("tn7i{offset}");
+    state["taps"].as_array_mut().unwrap().retain(|name| *name != tap);
+    fs::write(&host, state.to_string()).unwrap();
+    let ran = node.run(&["net", "verify"]);
+    assert_eq!(ran.code, 1);
+    assert!(ran.out.contains(&format!("TAP {tap} of {at}")) && ran.out.contains("missing; stop and start it"), "{}", ran.out);
+    node.ok(&["apply", "-f", &node.file("fleet.toml", FLEET)]);
+    node.ok(&["net", "verify"]);
+}
+
+#[test]
+fn secrets_that_are_lost_are_missed() {
+    let node = Node::with_fleet();
+    assert_eq!(node.run_with(&["tenant", "secrets", "set", "acme", "token"], b"value").code, 0);
+    let document = node.path("state/tenants/acme/secrets.json");
+    tear(&document);
+    node.fails(1, &["tenant", "secrets", "list", "acme"], &["secrets.json cannot be read", "set every secret again"]);
+    fs::remove_file(&document).unwrap();
+    node.fails(4, &["tenant", "secrets", "list", "acme"], &["secrets.json is gone", "mvm tenant secrets set acme"]);
+    let at = node.addresses("Running")[0].clone();
+    node.ok(&["instance", "stop", &at]);
+    node.fails(4, &["instance", "start", &at], &["secrets.json is gone"]);
+    assert_eq!(node.run_with(&["tenant", "secrets", "set", "acme", "token"], b"value").code, 0);
+    node.ok(&["instance", "start", &at]);
+}
+
 #[test]
 fn a_record_that_was_changed_is_found() {
     let node = Node::with_fleet();
@@ -534,6 +636,17 @@ fn what_a_document_may_not_say_a_verb_may_not_either() {
     let spec = node.json(&["pool", "info", "acme/api"])["spec"].clone();
     assert!(spec.get("depends_on").is_none() && spec.get("workload").is_none(), "{spec}");
     node.ok(&["pool", "destroy", "acme/web", "--yes"]);
+}
+
+#[test]
+fn a_fleet_that_was_removed_can_be_brought_up_again() {
+    let node = Node::new();
+    let (fleet, nothing) =
+        (concat!(env!("CARGO_MANIFEST_DIR"), "/examples/quickstart.toml"), concat!(env!("CARGO_MANIFEST_DIR"), "/examples/nothing.toml"));
+    for file in [fleet, nothing, fleet, fleet] {
+        node.ok(&["apply", "-f", file]);
+    }
+    assert_eq!(node.json(&["instance", "list"]).as_array().unwrap().len(), 3);
 }
 
 #[test]

@@ -92,6 +92,10 @@ fn every_example_is_valid() {
     let mut seen = 0;
     for entry in fs::read_dir(root().join("examples")).unwrap() {
         let path = entry.unwrap().path();
+        // Directories are flakes, which tests/nix.rs builds.
+        if path.is_dir() {
+            continue;
+        }
         let text = fs::read_to_string(&path).unwrap();
         parse(&text, Format::of(&path, &text)).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         seen += 1;

@@ -12,7 +12,7 @@ use crate::vm::keys;
 use crate::vm::node::Node;
 use crate::vm::pool::role::Roles;
 use crate::vm::pool::{BUILTIN, PoolDoc};
-use crate::vm::tenant::TenantDoc;
+use crate::vm::tenant::{Remains, TenantDoc};
 use crate::vmm::Liveness;
 
 /// Everything that a plan depends on besides what is desired, the time and the options.
@@ -24,16 +24,18 @@ pub struct Observed {
     pub capacity_mib: u64,
     /// Memory that a virtual machine needs besides its guest's, in MiB.
     pub overhead_mib: u32,
-    /// Net ids that tenants had who are gone, and which are never given again.
-    pub retired_net_ids: BTreeSet<TenantNetId>,
+    /// Net ids that tenants had who are gone, and which nobody else is given.
+    pub retired_net_ids: BTreeMap<TenantNetId, TenantId>,
     /// The tenants that are there.
     pub tenants: BTreeMap<TenantId, ObservedTenant>,
     /// What roles mean, by the manifests of the flakes that they are from.
     pub roles: Roles,
+    /// Tenants whose document is gone, or cannot be read: what they have stays, and nobody else gets it.
+    pub orphans: BTreeMap<TenantId, Orphan>,
     /// Bridges and rules.
     pub network: ObservedNetwork,
-    /// Bridges of tenants whose document was moved aside; they stay.
-    pub kept_bridges: BTreeSet<String>,
+    /// What creations left that were cut off before the first document was whole: tenants, pools and instances.
+    pub unfinished: Vec<String>,
     /// What could not be read: quarantined documents and the like, in words.
     pub problems: Vec<String>,
 }
@@ -45,6 +47,32 @@ pub struct ObservedTenant {
     pub doc: TenantDoc,
     /// Its pools.
     pub pools: BTreeMap<PoolId, ObservedPool>,
+    /// Pools whose document is gone, or cannot be read.
+    pub orphans: BTreeMap<PoolId, Orphan>,
+}
+
+/// What there is of a tenant or a pool besides its own document.
+#[derive(Debug, Clone, Default)]
+pub struct Orphan {
+    /// The documents of its instances.
+    pub instances: Vec<InstanceDoc>,
+    /// Why not all of them are known, where it is so.
+    pub unknown: Option<String>,
+}
+
+impl Orphan {
+    /// What is known of its network.
+    pub fn remains(&self) -> Remains {
+        Remains { places: self.instances.iter().map(InstanceDoc::place).collect(), unknown: self.unknown.clone() }
+    }
+}
+
+impl ObservedTenant {
+    /// The documents of all its instances.
+    pub fn instances(&self) -> impl Iterator<Item = &InstanceDoc> {
+        let orphans = self.orphans.values().flat_map(|orphan| &orphan.instances);
+        self.pools.values().flat_map(|pool| &pool.instances).map(|one| &one.doc).chain(orphans)
+    }
 }
 
 /// One pool that is there.
@@ -100,13 +128,25 @@ impl Observed {
         let mut ruleset = Ruleset::default();
         for tenant in self.tenants.values() {
             let network = tenant.doc.network.network();
-            let instances = tenant.pools.values().flat_map(|pool| &pool.instances).map(|one| one.doc.network(&network)).collect();
-            ruleset.tenants.push((network, instances));
+            ruleset.tenants.push((network, tenant.instances().map(|doc| doc.network(&network)).collect()));
             for pool in tenant.pools.values() {
                 ruleset.exposed.extend(exposed(&pool.doc, &network, pool.instances.iter().map(|one| &one.doc)));
             }
         }
         ruleset
+    }
+
+    /// The bridges of tenants whose document is gone; they stay.
+    pub fn kept_bridges(&self) -> BTreeSet<String> {
+        self.orphans.values().flat_map(|orphan| &orphan.instances).map(|doc| crate::net::bridge_name(doc.net_id)).collect()
+    }
+
+    /// Names the TAP of an instance when its machine runs and the TAP is gone: somebody removed it, and nothing reaches the guest any
+    /// more, nor does the guest reach anything.
+    pub fn lost_tap(&self, one: &ObservedInstance) -> Option<String> {
+        let name = crate::net::tap_name(one.doc.net_id, one.doc.offset);
+        let runs = one.doc.state.vm().is_some() && one.liveness == Liveness::Alive && one.doc.transition.is_none();
+        (runs && !self.network.taps.contains(&name)).then_some(name)
     }
 
     /// Returns the hash of the rules that the documents give; `None` without tenants, who need no rules.
@@ -123,23 +163,29 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     let mut problems = Vec::new();
     let mut flakes = Flakes::new();
     let mut tenants = BTreeMap::new();
-    let mut kept_bridges = BTreeSet::new();
+    let mut orphans = BTreeMap::new();
+    let mut unfinished = Vec::new();
+    problems.extend(Node::lost_node_doc(node.documents())?);
     for id in node.tenant_dirs()? {
         match node.documents().read::<TenantDoc>(&keys::tenant_doc(&id)) {
             Ok(Some(doc)) => {
-                let pools = observe_pools(node, &id, &mut flakes, &mut problems)?;
-                tenants.insert(id, ObservedTenant { doc, pools });
+                let tenant = observe_pools(node, doc, &mut flakes, &mut problems, &mut unfinished)?;
+                tenants.insert(id, tenant);
+                continue;
             }
-            // A directory without a document: a tenant that was never finished, or whose document was moved aside.
-            Ok(None) => {
-                let docs = node.tenant_instances(&id, &mut problems)?;
-                kept_bridges.extend(docs.iter().map(|doc| crate::net::bridge_name(doc.net_id)));
-                if !docs.is_empty() {
-                    problems.push(format!("tenant {id} has no document; put back the one that was moved aside, or apply the fleet again"));
-                }
+            Ok(None) if node.documents().raw().is_unfinished(&keys::tenant_dir(&id))? => {
+                unfinished.push(id.to_string());
+                continue;
             }
+            // Its document was moved aside.
+            Ok(None) if !node.pool_dirs(&id)?.is_empty() => {
+                problems.push(format!("tenant {id} has no document; put back the one that was moved aside, or apply the fleet again"));
+            }
+            Ok(None) => continue,
             Err(error) => problems.push(with_causes(&error)),
         }
+        let orphan = adopt(&mut problems, |problems| node.tenant_instances(&id, problems))?;
+        orphans.insert(id, orphan);
     }
     let mut roles = Roles::default();
     for doc in tenants.values().flat_map(|tenant: &ObservedTenant| tenant.pools.values()).map(|pool| &pool.doc) {
@@ -154,8 +200,9 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
         overhead_mib: node.vmm().overhead_mib(),
         retired_net_ids: node.retired_net_ids()?,
         tenants,
+        orphans,
         network: node.host().observe_network()?,
-        kept_bridges,
+        unfinished,
         problems,
     })
 }
@@ -163,23 +210,39 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
 /// What the sources of flakes are now: each is looked at once in a pass, however many pools share it.
 type Flakes = BTreeMap<String, Result<Option<String>, String>>;
 
+/// Reads the instances of what has no document of its own.
+fn adopt(
+    problems: &mut Vec<String>,
+    read: impl FnOnce(&mut Vec<String>) -> Result<Vec<InstanceDoc>, LifecycleError>,
+) -> Result<Orphan, LifecycleError> {
+    let before = problems.len();
+    let instances = read(problems)?;
+    Ok(Orphan { instances, unknown: problems.get(before).cloned() })
+}
+
 fn observe_pools(
     node: &Node,
-    tenant: &TenantId,
+    tenant: TenantDoc,
     flakes: &mut Flakes,
     problems: &mut Vec<String>,
-) -> Result<BTreeMap<PoolId, ObservedPool>, LifecycleError> {
-    let mut pools = BTreeMap::new();
-    for pool in node.pool_dirs(tenant)? {
+    unfinished: &mut Vec<String>,
+) -> Result<ObservedTenant, LifecycleError> {
+    let (mut pools, mut orphans) = (BTreeMap::new(), BTreeMap::new());
+    let (dirs, empty) = node.all_pool_dirs(&tenant.tenant_id)?;
+    unfinished.extend(empty.iter().map(ToString::to_string));
+    let mut cut_off = Vec::new();
+    for pool in dirs {
         let id = pool.pool.clone();
-        let doc = match node.documents().read::<PoolDoc>(&keys::pool_doc(&pool)) {
-            Ok(Some(doc)) => doc,
-            Ok(None) => {
-                problems.push(format!("pool {pool} has no document; put back the one that was moved aside, or apply the fleet again"));
-                continue;
-            }
-            Err(error) => {
-                problems.push(with_causes(&error));
+        let read = match node.documents().read::<PoolDoc>(&keys::pool_doc(&pool)) {
+            Ok(Some(doc)) => Ok(doc),
+            Ok(None) => Err(format!("pool {pool} has no document; put back the one that was moved aside, or apply the fleet again")),
+            Err(error) => Err(with_causes(&error)),
+        };
+        let doc = match read {
+            Ok(doc) => doc,
+            Err(problem) => {
+                problems.push(problem);
+                orphans.insert(id, adopt(problems, |problems| node.pool_instances(&pool, problems))?);
                 continue;
             }
         };
@@ -191,14 +254,15 @@ fn observe_pools(
             _ => ImagePresence::Missing,
         };
         let mut instances = Vec::new();
-        for doc in node.pool_instances(&pool, problems)? {
+        for doc in node.all_pool_instances(&pool, problems, &mut cut_off)? {
             instances.push(observe_instance(node, doc)?);
         }
         instances.sort_by(|a, b| a.age().cmp(&b.age()));
-        let not_enabled = not_enabled(node, &doc)?;
+        let not_enabled = not_enabled(node, &tenant, &doc)?;
         pools.insert(id, ObservedPool { doc, image, instances, not_enabled });
     }
-    Ok(pools)
+    unfinished.extend(cut_off.iter().map(ToString::to_string));
+    Ok(ObservedTenant { doc: tenant, pools, orphans })
 }
 
 /// Tells whether a pool's newest build is of something else than its flake is now. Its current revision may be an older one.
@@ -220,17 +284,27 @@ fn is_outdated(node: &Node, doc: &PoolDoc, flakes: &mut Flakes) -> bool {
     }
 }
 
-/// What the pool's instances would be started without; secrets are only looked at where something needs one.
-fn not_enabled(node: &Node, doc: &PoolDoc) -> Result<Vec<String>, LifecycleError> {
+/// What the pool's instances are not started with, or not at all; secrets are only looked at where something needs one.
+fn not_enabled(node: &Node, tenant: &TenantDoc, doc: &PoolDoc) -> Result<Vec<String>, LifecycleError> {
     let traits = doc.role_traits();
     let services = traits.services.iter().map(|service| (service.unit.as_str(), service.secrets.as_slice()));
     let workload = doc.spec.workload.iter().map(|workload| ("workload", workload.secrets.as_slice()));
     let needs: Vec<_> = services.chain(workload).filter(|(_, secrets)| !secrets.is_empty()).collect();
-    if needs.is_empty() {
-        return Ok(Vec::new());
-    }
-    let there = if traits.requires_secrets_drive { node.secret_names(&doc.tenant_id)? } else { BTreeSet::new() };
-    Ok(needs.into_iter().filter_map(|(what, secrets)| missing_secrets(what, secrets, &there)).collect())
+    let set = traits.requires_secrets_drive && tenant.secrets_epoch > 0;
+    let lost = set && node.documents().raw().len(&keys::secrets_doc(&tenant.tenant_id))? == 0;
+    let there = match lost {
+        true => Err(node.secret_names(tenant).err()),
+        _ if needs.is_empty() => return Ok(Vec::new()),
+        _ if traits.requires_secrets_drive => node.secret_names(tenant).map_err(Some),
+        _ => Ok(BTreeSet::new()),
+    };
+    Ok(match there {
+        Ok(there) => needs.into_iter().filter_map(|(what, secrets)| missing_secrets(what, secrets, &there)).collect(),
+        Err(why) => {
+            let why = why.map(|error| with_causes(&error)).unwrap_or_default();
+            vec![format!("its role {} requires the secrets drive: {why}", doc.spec.role)]
+        }
+    })
 }
 
 fn observe_instance(node: &Node, doc: InstanceDoc) -> Result<ObservedInstance, LifecycleError> {

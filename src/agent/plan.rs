@@ -12,6 +12,8 @@
 //! 4. whatever comes up, in the order of the pools, each behind the gate of what it waits for: a gate opens when the pool has its
 //!    wanted number of *ready* instances.
 //!
+//! A tenant or a pool whose document is gone gets a new one, alone: what it has is seen by the next pass, which leaves it as it is.
+//!
 //! What is half-done (a change of state that was cut off, a virtual machine that died) is recovered first, alone; the next pass
 //! plans the pool from firm ground.
 
@@ -58,10 +60,14 @@ pub fn plan(desired: &DesiredState, observed: &Observed, now: &Moment, retry: Re
         retry,
         room: NodeRoom::of(observed),
         plan: Plan::default(),
+        adopted: Vec::new(),
         network: false,
         builds: BTreeMap::new(),
         failed_builds: failed_builds(observed),
     };
+    for tenant in desired.tenants.iter().filter(|tenant| observed.orphans.contains_key(&tenant.tenant_id)) {
+        planner.adopt(tenant);
+    }
     let named: BTreeSet<&TenantId> = desired.tenants.iter().map(|tenant| &tenant.tenant_id).collect();
     if desired.prune_unknown_tenants {
         for (id, tenant) in observed.tenants.iter().filter(|(id, _)| !named.contains(id)) {
@@ -84,6 +90,8 @@ struct Planner<'a> {
     retry: Retry,
     room: NodeRoom,
     plan: Plan,
+    /// The steps that write down tenants anew whose document is gone.
+    adopted: Vec<Edge>,
     /// Whether a step makes bridges and rules fit already.
     network: bool,
     /// The last step that builds what several pools share.
@@ -146,11 +154,14 @@ impl Planner<'_> {
         let wanted: BTreeSet<String> = self.observed.tenants.values().map(|tenant| tenant.doc.network.network().bridge()).collect();
         let list = |names: Vec<&String>| names.into_iter().cloned().collect::<Vec<_>>().join(", ");
         let missing = list(wanted.difference(there).collect());
-        let left_over = list(there.difference(&wanted).filter(|name| !self.observed.kept_bridges.contains(*name)).collect());
+        let kept = self.observed.kept_bridges();
+        let left_over = list(there.difference(&wanted).filter(|name| !kept.contains(*name)).collect());
         let why = if !missing.is_empty() {
             format!("missing: {missing}")
         } else if !left_over.is_empty() {
             format!("left over: {left_over}")
+        } else if !self.observed.unfinished.is_empty() {
+            format!("never finished, and removed: {}", self.observed.unfinished.join(", "))
         } else if !self.observed.network.loose.is_empty() {
             format!("ports of no bridge: {}", list(self.observed.network.loose.iter().collect()))
         } else if self.observed.network.ruleset != self.observed.ruleset_hash() {

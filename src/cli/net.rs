@@ -38,6 +38,13 @@ pub fn run(globals: &Globals, command: &NetCommand) -> CliResult {
             remedy: check.fault.map(|_| "mvm apply makes bridges and rules what the documents say".to_owned()),
         })
         .collect();
+    rows.extend(lost_taps(&observed));
+    rows.extend(observed.problems.iter().map(|problem| CheckRow {
+        check: "what is there is known".to_owned(),
+        ok: false,
+        found: problem.clone(),
+        remedy: Some("mvm doctor says what to do; until then nobody knows which networks are apart".to_owned()),
+    }));
     if globals.vmm != VmmChoice::Simulated {
         rows.extend(probes(&observed));
     }
@@ -49,6 +56,19 @@ pub fn run(globals: &Globals, command: &NetCommand) -> CliResult {
     } else {
         Err(CliError::new(Exit::Failed, format!("{wrong} of {} checks found something wrong", rows.len())))
     }
+}
+
+/// A machine holds its TAP for as long as it runs, unless somebody removes it.
+fn lost_taps(observed: &Observed) -> Vec<CheckRow> {
+    let instances = observed.tenants.values().flat_map(|tenant| tenant.pools.values()).flat_map(|pool| &pool.instances);
+    let lost = instances.filter_map(|one| Some((one.doc.at(), observed.lost_tap(one)?)));
+    lost.map(|(at, tap)| CheckRow {
+        check: format!("TAP {tap} of {at} is there"),
+        ok: false,
+        found: "missing; stop and start it".to_owned(),
+        remedy: Some(format!("mvm instance stop {at} and mvm instance start {at}; mvm apply does it for one that is to run")),
+    })
+    .collect()
 }
 
 /// What a packet should do.

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use mvm_types::NodeId;
 
 use super::exit::{CliError, Exit};
 use crate::audit::Audit;
@@ -243,7 +242,7 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
     let id = documents.read::<NodeDoc>(crate::vm::keys::NODE).map_err(crate::vm::error::LifecycleError::from)?.map(|doc| doc.node_id);
     let id = match (id, intent) {
         (Some(id), _) => id,
-        (None, Intent::Look) => "unborn".parse::<NodeId>().expect("unborn is a node id"),
+        (None, Intent::Look) => Node::unborn(),
         (None, Intent::Change) => Node::ensure_id(&documents, &*random)?,
     };
     let seams = Seams {

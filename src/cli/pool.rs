@@ -15,6 +15,7 @@ use crate::agent::desired::{DesiredState, InvalidDocument, Problem, pool_problem
 use crate::agent::observe::observe;
 use crate::agent::reconciler::declared;
 use crate::infra::display::{PoolInfo, PoolRow, print_info, print_rows};
+use crate::vm::error::LifecycleError;
 use crate::vm::instance::{StateName, StopMode};
 use crate::vm::node::Node;
 use crate::vm::pool::{Limits, PoolSpec};
@@ -332,7 +333,12 @@ pub(super) fn destroy(node: &Node, pool: &PoolAddress) -> Result<(), CliError> {
     let mut instances = Vec::new();
     for id in node.instances(pool)? {
         let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
-        let doc = node.instance(&at)?;
+        let doc = match node.instance(&at) {
+            Ok(doc) => doc,
+            // Never finished, which goes with the pool; or its document was moved aside, and then the pool is refused.
+            Err(LifecycleError::NotFound { kind: "instance", .. }) => continue,
+            Err(error) => return Err(error.into()),
+        };
         instances.push((doc.created.wall_ms, at, doc.state.name()));
     }
     instances.sort_by(|a, b| b.cmp(a));

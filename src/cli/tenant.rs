@@ -238,8 +238,7 @@ fn info(globals: &Globals, node: &Node, tenant: &TenantId) -> Result<(), CliErro
 fn secrets(globals: &Globals, node: &Node, command: SecretsCommand) -> Result<(), CliError> {
     let (tenant, name, value, change) = match command {
         SecretsCommand::List { tenant } => {
-            node.tenant(&tenant)?;
-            let secrets = node.secrets(&tenant)?.secrets;
+            let secrets = node.secrets(&node.tenant(&tenant)?)?.secrets;
             let rows: Vec<SecretRow> =
                 secrets.iter().map(|(name, secret)| SecretRow { name: name.to_string(), bytes: secret.len, epoch: secret.epoch }).collect();
             return Ok(print_rows(&rows, globals.format())?);

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Ability, DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork};
 use crate::infra::kill_switch::KillSwitch;
-use crate::net::{InstanceNetwork, Ruleset, TenantNetwork};
+use crate::net::{InstanceNetwork, Ruleset, TenantNetwork, parse_tap_name};
 
 /// What the simulated host holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +22,9 @@ pub struct FakeState {
     pub bridges: BTreeSet<String>,
     /// The fingerprint of the rules that are loaded.
     pub ruleset: Option<String>,
+    /// The TAPs that were made, also of machines that ended since: it does not see them end.
+    #[serde(default)]
+    pub taps: BTreeSet<String>,
     /// The TAPs that the loaded rules list.
     pub listed_taps: BTreeSet<String>,
     /// Whether the host forwards.
@@ -131,6 +134,11 @@ impl FakeHost {
         inner.state = FakeState { data_disks, ..FakeState::default() };
     }
 
+    /// Removes a TAP under the machine that holds it, as somebody's `ip link del` would.
+    pub fn lose_tap(&self, name: &str) {
+        self.lock().state.taps.remove(name);
+    }
+
     /// How many effects there were since the host was made or revived.
     pub fn count(&self) -> usize {
         self.lock().count
@@ -192,6 +200,7 @@ impl Host for FakeHost {
             || format!("remove_tenant_network {}", network.bridge()),
             |state| {
                 state.bridges.remove(&network.bridge());
+                state.taps.retain(|name| parse_tap_name(name).is_none_or(|(net_id, _)| net_id != network.net_id));
                 Ok(())
             },
         )
@@ -207,6 +216,7 @@ impl Host for FakeHost {
                 if !state.listed_taps.contains(&network.tap()) {
                     return Err("no loaded rule lists it, so it would pass nothing".into());
                 }
+                state.taps.insert(network.tap());
                 Ok(())
             },
         )?;
@@ -291,6 +301,7 @@ impl Host for FakeHost {
             bridges: state.bridges.clone(),
             ruleset: state.ruleset.clone(),
             forwards: state.forwards,
+            taps: state.taps.clone(),
             loose: BTreeSet::new(),
         })
     }

@@ -147,12 +147,13 @@ impl Host for LocalHost {
         let links = self.netlink()?.list_links()?;
         let ours = || links.iter().filter(|link| link.alias.as_ref() == Some(&self.alias));
         let bridges = ours().filter(|link| link.is_bridge && link.up).map(|link| link.name.clone()).collect();
+        let taps = ours().filter(|link| !link.is_bridge).map(|link| link.name.clone()).collect();
         let loose = ours().filter(|link| !link.is_bridge && link.master.is_none()).map(|link| link.name.clone()).collect();
         let ruleset = match self.try_run()? {
             Some(run) => nft::loaded(&run)?,
             None => None,
         };
-        Ok(ObservedNetwork { bridges, ruleset, forwards: sysctl::forwards()?, loose })
+        Ok(ObservedNetwork { bridges, ruleset, forwards: sysctl::forwards()?, taps, loose })
     }
 
     fn ensure_run_dir(&self, instance: &InstanceId) -> Result<PathBuf, HostError> {

@@ -59,6 +59,8 @@ pub struct ObservedNetwork {
     pub ruleset: Option<String>,
     /// Whether the host forwards between its interfaces.
     pub forwards: bool,
+    /// TAPs of ours, by name: every machine that runs holds one.
+    pub taps: std::collections::BTreeSet<String>,
     /// TAPs of ours that are ports of no bridge: theirs was removed by somebody, or they were taken off it.
     pub loose: std::collections::BTreeSet<String>,
 }

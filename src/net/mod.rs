@@ -14,4 +14,4 @@ mod ruleset;
 
 pub use address::{CLUSTER_RANGE, InstanceOffset, NetError, Subnet, TenantNetId, find_overlap};
 pub use identity::{BRIDGE_PREFIX, Mac, bridge_mac, bridge_name, instance_mac, instance_uid, parse_bridge_name, parse_tap_name, tap_name};
-pub use ruleset::{Exposed, InstanceNetwork, Protocol, Ruleset, TenantNetwork};
+pub use ruleset::{Exposed, InstanceNetwork, Place, Protocol, Ruleset, TenantNetwork};

@@ -129,6 +129,17 @@ pub struct Exposed {
     pub targets: Vec<Ipv4Addr>,
 }
 
+/// Where an instance is, as its own document says: what is known of its tenant's network when the tenant's document is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Its tenant's net id.
+    pub net_id: TenantNetId,
+    /// Its place in the tenant's subnet.
+    pub offset: InstanceOffset,
+    /// Its address.
+    pub address: Ipv4Addr,
+}
+
 /// Every tenant with every instance, running or not (a TAP that is absent costs nothing): what the rules are rendered from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Ruleset {

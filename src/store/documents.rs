@@ -13,9 +13,23 @@ pub trait Document: Serialize + DeserializeOwned {
     const KIND: &'static str;
     /// The version that is written.
     const VERSION: u32;
+    /// What becomes of one that cannot be read.
+    const TORN: Torn = Torn::MovedAside;
 
     /// The version that this value was read with.
     fn version(&self) -> u32;
+}
+
+/// What becomes of a document that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Torn {
+    /// It is moved aside, and what it described goes on as if it had none: others say what it was, or it can be declared again.
+    MovedAside,
+    /// It stays where it is, and whatever needs it is refused: nothing else knows what was in it.
+    Refused {
+        /// What to do besides restoring it from a backup.
+        otherwise: &'static str,
+    },
 }
 
 /// Why a document could not be had.
@@ -33,6 +47,19 @@ pub enum DocumentError {
         key: String,
         /// Where it is now.
         moved_to: String,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// It is not what it should be, and nothing can take its place.
+    #[error("the {kind} {path} cannot be read: restore it from a backup; {otherwise}")]
+    Torn {
+        /// What it is.
+        kind: &'static str,
+        /// Where it is.
+        path: String,
+        /// What to do without a backup.
+        otherwise: &'static str,
         /// What is wrong with it.
         #[source]
         source: serde_json::Error,
@@ -71,7 +98,8 @@ impl Documents {
     /// Reads a document; `None` when it is absent.
     ///
     /// # Errors
-    /// [`DocumentError::Newer`] leaves it where it is; a document that does not parse is moved aside and named, once.
+    /// [`DocumentError::Newer`] leaves it where it is; a document that does not parse is moved aside and named, once, or stays and is
+    /// refused each time, as [`Document::TORN`] says.
     pub fn read<T: Document>(&self, key: &str) -> Result<Option<T>, DocumentError> {
         let Some(content) = self.store.read(key)? else { return Ok(None) };
         let newer = |found| DocumentError::Newer { kind: T::KIND, key: key.to_owned(), found, known: T::VERSION };
@@ -82,6 +110,9 @@ impl Documents {
                 let version = serde_json::from_slice::<serde_json::Value>(&content).ok().and_then(|v| v["version"].as_u64());
                 if let Some(found) = version.filter(|found| *found > T::VERSION.into()) {
                     return Err(newer(found));
+                }
+                if let Torn::Refused { otherwise } = T::TORN {
+                    return Err(DocumentError::Torn { kind: T::KIND, path: self.store.place(key), otherwise, source });
                 }
                 let moved_to = self.store.quarantine(key)?;
                 Err(DocumentError::Quarantined { kind: T::KIND, key: key.to_owned(), moved_to, source })
@@ -133,6 +164,32 @@ mod tests {
             assert!(matches!(error, DocumentError::Quarantined { .. }), "{cut}: {error}");
             assert!(documents.read::<Thing>("d/thing.json").unwrap().is_none());
         }
+    }
+
+    #[derive(Debug, Serialize, Deserialize)]
+    struct Only {
+        version: u32,
+    }
+
+    impl Document for Only {
+        const KIND: &'static str = "only thing";
+        const VERSION: u32 = 1;
+        const TORN: Torn = Torn::Refused { otherwise: "without one, give up" };
+        fn version(&self) -> u32 {
+            self.version
+        }
+    }
+
+    #[test]
+    fn what_nothing_can_replace_stays_and_is_refused_each_time() {
+        let store = Arc::new(MemoryStore::new());
+        let documents = Documents::new(store.clone());
+        store.write("d/only.json", b"{\"vers").unwrap();
+        for _ in 0..2 {
+            let error = documents.read::<Only>("d/only.json").unwrap_err();
+            assert_eq!(error.to_string(), "the only thing d/only.json cannot be read: restore it from a backup; without one, give up");
+        }
+        assert_eq!(store.read("d/only.json").unwrap().unwrap(), b"{\"vers");
     }
 
     #[test]

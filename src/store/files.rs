@@ -4,11 +4,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
 use super::{DocumentStore, LockGuard, StoreError, Wait};
+use crate::infra::kill_switch::KillSwitch;
 
 /// Files below a directory.
 ///
@@ -17,12 +19,32 @@ use super::{DocumentStore, LockGuard, StoreError, Wait};
 pub struct FileStore {
     root: PathBuf,
     locks: PathBuf,
+    switch: Arc<KillSwitch>,
 }
+
+/// The end of a simulated process, on its way out as an error of the system.
+#[derive(Debug, thiserror::Error)]
+#[error("killed at effect {0}")]
+struct Killed(usize);
 
 impl FileStore {
     /// Opens the store; nothing is made before the first write or lock.
     pub fn new(root: PathBuf, locks: PathBuf) -> Self {
-        Self { root, locks }
+        Self { root, locks, switch: KillSwitch::never() }
+    }
+
+    /// Returns the same files as the next process sees them, which has its own fate: each call that changes something is an effect.
+    pub fn next_process(&self, switch: Arc<KillSwitch>) -> Self {
+        Self { root: self.root.clone(), locks: self.locks.clone(), switch }
+    }
+
+    fn effect(&self) -> io::Result<()> {
+        self.switch.effect().map_err(|n| io::Error::other(Killed(n)))
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.effect()?;
+        File::open(dir)?.sync_all()
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -32,7 +54,10 @@ impl FileStore {
 
     fn error(&self, what: &'static str, key: &str) -> impl FnOnce(io::Error) -> StoreError {
         let key = self.root.join(key).display().to_string();
-        move |source| StoreError::Io { what, key, source }
+        move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<Killed>()) {
+            Some(Killed(n)) => StoreError::Killed(*n),
+            None => StoreError::Io { what, key, source },
+        }
     }
 
     /// Makes a directory and its parents durable from the first missing one on.
@@ -42,18 +67,19 @@ impl FileStore {
         }
         let parent = dir.parent().ok_or(io::ErrorKind::InvalidInput)?;
         self.ensure_dir(parent)?;
+        self.effect()?;
         match fs::DirBuilder::new().mode(0o700).create(dir) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
-        sync_dir(parent)
+        self.sync_dir(parent)
     }
 
     /// Removes directories that a failed write leaves without anything in them: they would look like objects without a document.
     fn remove_empty(&self, dir: &Path) {
         let mut dir = dir;
-        while dir != self.root && fs::remove_dir(dir).is_ok() {
+        while dir != self.root && self.effect().is_ok() && fs::remove_dir(dir).is_ok() {
             let Some(parent) = dir.parent() else { return };
             dir = parent;
         }
@@ -64,7 +90,10 @@ impl FileStore {
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
         // One name, since writers of a document hold its lock: what a killed one left is overwritten by the next.
         let temporary = dir.join(format!(".{name}.tmp"));
-        let open = || OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary);
+        let open = || {
+            self.effect()?;
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)
+        };
         let mut file = open().or_else(|error| {
             if error.kind() != io::ErrorKind::NotFound {
                 return Err(error);
@@ -72,8 +101,18 @@ impl FileStore {
             self.ensure_dir(dir)?;
             open()
         })?;
-        let written = file.write_all(content).and_then(|()| file.sync_data()).and_then(|()| fs::rename(&temporary, path));
-        if let Err(error) = written {
+        let mut write = || {
+            self.effect()?;
+            file.write_all(content)?;
+            self.effect()?;
+            file.sync_data()?;
+            self.effect()?;
+            fs::rename(&temporary, path)
+        };
+        if let Err(error) = write() {
+            if self.effect().is_err() {
+                return Err(error);
+            }
             // The write failed; what remains of it must not stay either, but its own failure says less than the first one.
             let _ = fs::remove_file(&temporary);
             if !path.exists() {
@@ -81,7 +120,7 @@ impl FileStore {
             }
             return Err(error);
         }
-        sync_dir(dir)
+        self.sync_dir(dir)
     }
 
     fn lock_path(&self, key: &str) -> PathBuf {
@@ -101,10 +140,6 @@ impl FileStore {
             })
             .map_err(|source| StoreError::Io { what: "open the lock", key: path.display().to_string(), source })
     }
-}
-
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }
 
 impl DocumentStore for FileStore {
@@ -132,6 +167,7 @@ impl DocumentStore for FileStore {
         });
         let append = |mut file: File| {
             let before = file.seek(SeekFrom::End(0))?;
+            self.effect()?;
             file.write_all(lines).inspect_err(|_| {
                 // A half-written line would break the chain for every later reader.
                 let _ = file.set_len(before);
@@ -142,7 +178,7 @@ impl DocumentStore for FileStore {
 
     fn sync(&self, key: &str) -> Result<(), StoreError> {
         match File::open(self.path(key)) {
-            Ok(file) => file.sync_data().map_err(self.error("sync", key)),
+            Ok(file) => self.effect().and_then(|()| file.sync_data()).map_err(self.error("sync", key)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(self.error("sync", key)(error)),
         }
@@ -161,13 +197,17 @@ impl DocumentStore for FileStore {
     }
 
     fn truncate(&self, key: &str, len: u64) -> Result<(), StoreError> {
-        OpenOptions::new().write(true).open(self.path(key)).and_then(|file| file.set_len(len)).map_err(self.error("truncate", key))
+        let truncate = || {
+            self.effect()?;
+            OpenOptions::new().write(true).open(self.path(key))?.set_len(len)
+        };
+        truncate().map_err(self.error("truncate", key))
     }
 
     fn remove(&self, key: &str) -> Result<(), StoreError> {
         let path = self.path(key);
-        match fs::remove_file(&path) {
-            Ok(()) => path.parent().map_or(Ok(()), sync_dir).map_err(self.error("remove", key)),
+        match self.effect().and_then(|()| fs::remove_file(&path)) {
+            Ok(()) => path.parent().map_or(Ok(()), |dir| self.sync_dir(dir)).map_err(self.error("remove", key)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(self.error("remove", key)(error)),
         }
@@ -178,17 +218,17 @@ impl DocumentStore for FileStore {
         let Some((dir, name)) = path.parent().zip(path.file_name()) else { return Ok(()) };
         // Out of sight in one step, so that a kill in between leaves no object without its document.
         let hidden = dir.join(format!(".{}.removed", name.to_string_lossy()));
-        let clear = |path: &Path| match fs::remove_dir_all(path) {
+        let clear = |path: &Path| match self.effect().and_then(|()| fs::remove_dir_all(path)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         };
         let remove = || {
             clear(&hidden)?;
-            match fs::rename(&path, &hidden) {
+            match self.effect().and_then(|()| fs::rename(&path, &hidden)) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
                 other => other?,
             }
-            sync_dir(dir)?;
+            self.sync_dir(dir)?;
             clear(&hidden)
         };
         remove().map_err(self.error("remove", key))
@@ -199,7 +239,7 @@ impl DocumentStore for FileStore {
         for entry in entries.flatten() {
             let name = entry.file_name();
             if name.as_encoded_bytes().starts_with(b".") && name.as_encoded_bytes().ends_with(b".removed") {
-                match fs::remove_dir_all(entry.path()) {
+                match self.effect().and_then(|()| fs::remove_dir_all(entry.path())) {
                     // Whoever removes it right now is quicker.
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.error("clear", key)(error)),
                     _ => {}
@@ -235,13 +275,17 @@ impl DocumentStore for FileStore {
         }
     }
 
+    fn place(&self, key: &str) -> String {
+        self.path(key).display().to_string()
+    }
+
     fn quarantine(&self, key: &str) -> Result<String, StoreError> {
         let from = self.path(key);
         let name = from.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         for n in 1_u32.. {
             let to = from.with_file_name(format!(".{name}.quarantined-{n}"));
             if !to.exists() {
-                fs::rename(&from, &to).map_err(self.error("quarantine", key))?;
+                self.effect().and_then(|()| fs::rename(&from, &to)).map_err(self.error("quarantine", key))?;
                 return Ok(to.display().to_string());
             }
         }

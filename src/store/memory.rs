@@ -125,6 +125,10 @@ impl DocumentStore for MemoryStore {
         Ok(!self.documents().keys().any(|key| key.starts_with(&prefix)))
     }
 
+    fn place(&self, key: &str) -> String {
+        key.to_owned()
+    }
+
     fn quarantine(&self, key: &str) -> Result<String, StoreError> {
         self.effect()?;
         let mut documents = self.documents();

@@ -9,7 +9,7 @@ mod memory;
 
 use std::time::Instant;
 
-pub use documents::{Document, DocumentError, Documents};
+pub use documents::{Document, DocumentError, Documents, Torn};
 pub use files::FileStore;
 pub use memory::MemoryStore;
 
@@ -76,6 +76,9 @@ pub trait DocumentStore: Send + Sync {
 
     /// Tells whether a directory has nothing in it but what a killed writer left before its first document was whole.
     fn is_unfinished(&self, key: &str) -> Result<bool, StoreError>;
+
+    /// Returns where a document is, for people.
+    fn place(&self, key: &str) -> String;
 
     /// Moves a document aside, so that it is never read again, and returns where it is now.
     fn quarantine(&self, key: &str) -> Result<String, StoreError>;

@@ -19,11 +19,15 @@ use crate::host::Host;
 use crate::infra::clock::Clock;
 use crate::infra::paths::Paths;
 use crate::net::TenantNetId;
-use crate::store::{Document, Documents, LockGuard, Wait};
+use crate::store::{Document, Documents, LockGuard, Torn, Wait};
 use crate::vmm::Vmm;
 
 /// How long a verb waits for another mvm that changes the same object.
 pub const LOCK_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How to go on with a node whose document is lost.
+const REBUILD_NODE: &str = "without one, write {\"version\": 1, \"node_id\": \"ID\"} into it, with the ID that `ip -details link show \
+     type bridge` gives as `alias mvm:ID`; the net ids of tenants that are gone, and which document was admitted last, are forgotten then";
 
 /// `node.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,7 +36,7 @@ pub struct NodeDoc {
     pub version: u32,
     /// The node.
     pub node_id: NodeId,
-    /// Net ids of tenants that are gone, with their names: never given again.
+    /// Net ids of tenants that are gone, with their names: given to nobody else.
     #[serde(default)]
     pub retired_net_ids: BTreeMap<u16, TenantId>,
     /// The desired-state document that was admitted last: its generation and hash.
@@ -52,6 +56,7 @@ pub struct Admitted {
 impl Document for NodeDoc {
     const KIND: &'static str = "node";
     const VERSION: u32 = 1;
+    const TORN: Torn = Torn::Refused { otherwise: REBUILD_NODE };
     fn version(&self) -> u32 {
         self.version
     }
@@ -146,8 +151,7 @@ impl Node {
 
     /// Opens the node for looking only: a state directory that is not there yet is not made.
     pub fn open_to_look(paths: Paths, seams: Seams, uids: VmmUids) -> Result<Self, LifecycleError> {
-        let unborn: NodeId = "unborn".parse().expect("unborn is a node id");
-        let id = seams.documents.read::<NodeDoc>(keys::NODE)?.map_or(unborn, |doc| doc.node_id);
+        let id = seams.documents.read::<NodeDoc>(keys::NODE)?.map_or_else(Self::unborn, |doc| doc.node_id);
         Ok(Self {
             id,
             paths,
@@ -160,11 +164,35 @@ impl Node {
         })
     }
 
+    /// The id that a node is looked at under before it has one.
+    pub fn unborn() -> NodeId {
+        "unborn".parse().expect("unborn is a node id")
+    }
+
+    /// Tells what is wrong when there are tenants and the document of the node that they are on is gone.
+    ///
+    /// # Errors
+    /// When the state directory cannot be read.
+    pub fn lost_node_doc(documents: &Documents) -> Result<Option<String>, LifecycleError> {
+        let is_tenant = |name: &String| name.parse::<TenantId>().is_ok();
+        let raw = documents.raw();
+        if raw.exists(keys::NODE)? || !raw.list(keys::TENANTS)?.iter().any(is_tenant) {
+            return Ok(None);
+        }
+        Ok(Some(format!("the node {} is gone, and there are tenants: restore it from a backup; {REBUILD_NODE}", raw.place(keys::NODE))))
+    }
+
     /// Returns the node's id, which a new state directory gets here.
+    ///
+    /// # Errors
+    /// When there is none and there are tenants: their bridges and machines bear the id of a node that they would be taken from.
     pub fn ensure_id(documents: &Documents, random: &(dyn Fn(&mut [u8]) + Send + Sync)) -> Result<NodeId, LifecycleError> {
         let _guard = documents.raw().lock(keys::NODE, Wait::Until(Instant::now() + LOCK_PATIENCE))?;
         if let Some(doc) = documents.read::<NodeDoc>(keys::NODE)? {
             return Ok(doc.node_id);
+        }
+        if let Some(why) = Self::lost_node_doc(documents)? {
+            return Err(LifecycleError::Refused { what: "take a new node id".to_owned(), why });
         }
         let mut bits = [0; 4];
         random(&mut bits);
@@ -293,15 +321,21 @@ impl Node {
 
     /// Lists the pools that have a directory with something in it, also one whose document is not there.
     pub(crate) fn pool_dirs(&self, tenant: &TenantId) -> Result<Vec<PoolAddress>, LifecycleError> {
+        Ok(self.all_pool_dirs(tenant)?.0)
+    }
+
+    /// Lists the pools that have a directory: those with something in it, and those that were never finished.
+    pub(crate) fn all_pool_dirs(&self, tenant: &TenantId) -> Result<(Vec<PoolAddress>, Vec<PoolAddress>), LifecycleError> {
         let ids: Vec<PoolId> = self.ids(&keys::pools_dir(tenant))?;
-        let mut dirs = Vec::new();
+        let (mut dirs, mut unfinished) = (Vec::new(), Vec::new());
         for id in ids {
             let pool = PoolAddress::new(tenant.clone(), id);
-            if !self.documents().raw().is_unfinished(&keys::pool_dir(&pool))? {
-                dirs.push(pool);
+            match self.documents().raw().is_unfinished(&keys::pool_dir(&pool))? {
+                true => unfinished.push(pool),
+                false => dirs.push(pool),
             }
         }
-        Ok(dirs)
+        Ok((dirs, unfinished))
     }
 
     /// Lists a pool's instances in order of their ids, also one whose document is not there.
@@ -337,13 +371,23 @@ impl Node {
 
     /// Reads every instance of a pool; those whose document cannot be read are named in `problems`.
     pub fn pool_instances(&self, pool: &PoolAddress, problems: &mut Vec<String>) -> Result<Vec<InstanceDoc>, LifecycleError> {
+        self.all_pool_instances(pool, problems, &mut Vec::new())
+    }
+
+    /// Reads every instance of a pool, and names also those that a killed creation left without a document.
+    pub(crate) fn all_pool_instances(
+        &self,
+        pool: &PoolAddress,
+        problems: &mut Vec<String>,
+        unfinished: &mut Vec<InstanceAddress>,
+    ) -> Result<Vec<InstanceDoc>, LifecycleError> {
         let mut docs = Vec::new();
         for id in self.instances(pool)? {
             let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
             match self.documents().read(&keys::instance_doc(&at)) {
                 Ok(Some(doc)) => docs.push(doc),
                 // A killed creation: nothing was made yet.
-                Ok(None) if self.documents().raw().is_unfinished(&keys::instance_dir(&at))? => {}
+                Ok(None) if self.documents().raw().is_unfinished(&keys::instance_dir(&at))? => unfinished.push(at),
                 Ok(None) => problems.push(format!(
                     "instance {at} has no document; put back the one that was moved aside, or remove {} if its data is not needed",
                     self.paths.instance(&at).display()
@@ -414,8 +458,9 @@ impl Node {
         }
     }
 
-    /// Returns net ids that were given to tenants that are gone.
-    pub fn retired_net_ids(&self) -> Result<std::collections::BTreeSet<TenantNetId>, LifecycleError> {
-        Ok(self.node_doc()?.retired_net_ids.keys().filter_map(|id| u64::from(*id).try_into().ok()).collect())
+    /// Returns net ids that were given to tenants that are gone, with these.
+    pub fn retired_net_ids(&self) -> Result<BTreeMap<TenantNetId, TenantId>, LifecycleError> {
+        let retired = self.node_doc()?.retired_net_ids;
+        Ok(retired.into_iter().filter_map(|(id, tenant)| Some((u64::from(id).try_into().ok()?, tenant))).collect())
     }
 }

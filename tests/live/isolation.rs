@@ -151,8 +151,13 @@ fn tenants_are_apart_and_the_outside_is_reached() {
         // `net verify` sees it so, and sees when it is not so.
         let table = rig.ok(&["net", "verify"]);
         assert!(table.contains("of another tenant") && table.contains("of its own tenant"), "{table}");
-        let breaks: [(&str, &[&str]); 3] =
-            [("nft", &["flush", "ruleset"]), ("nft", &["delete", "table", "bridge", "mvm"]), ("ip", &["link", "del", "br-tenant-7"])];
+        let breaks: [(&str, &[&str]); 4] = [
+            ("nft", &["flush", "ruleset"]),
+            ("nft", &["delete", "table", "bridge", "mvm"]),
+            ("ip", &["link", "del", "br-tenant-7"]),
+            // Under the machine that holds it.
+            ("ip", &["link", "del", "tn7i0"]),
+        ];
         let file = rig.path("fleet.toml");
         for (program, arguments) in breaks {
             run(program, arguments);

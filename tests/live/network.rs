@@ -407,6 +407,20 @@ fn a_bridge_is_made_mended_and_removed() {
 }
 
 #[test]
+fn taps_are_seen_for_as_long_as_they_are_there() {
+    in_own_namespace(|| {
+        let node = node();
+        let guests = node.guests([instance(5, 0), instance(5, 1)]);
+        let taps = || node.host.observe_network().unwrap().taps.into_iter().collect::<Vec<_>>();
+        assert_eq!(taps(), ["tn5i0", "tn5i1"]);
+        run("ip", &["link", "del", "tn5i1"]);
+        assert_eq!(taps(), ["tn5i0"]);
+        drop(guests);
+        assert_eq!(taps(), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn what_is_not_ours_stays() {
     in_own_namespace(|| {
         let node = node();

@@ -10,7 +10,6 @@ use mvm::agent::observe::observe;
 use mvm::agent::plan::{Action, Retry};
 use mvm::agent::reconciler::{Applied, declared, look};
 use mvm::image::nix::{BuildError, FlakeImage};
-use mvm::store::DocumentStore;
 use mvm::vm::collect::Collect;
 use mvm::vm::pool::role::RoleTraits;
 use mvm::vm::pool::{
@@ -268,7 +267,7 @@ fn what_is_in_use_is_never_collected() {
     assert!(world.pass(&fleet(1)).plan.is_settled());
     // What cannot be read may refer to anything.
     let at = world.node().pool_instances(&pool, &mut Vec::new()).unwrap()[0].at();
-    world.store.write(&format!("tenants/acme/pools/web/instances/{}/instance.json", at.instance), b"torn").unwrap();
+    world.store.raw().write(&format!("tenants/acme/pools/web/instances/{}/instance.json", at.instance), b"torn").unwrap();
     let refused = node.node_collect(Duration::ZERO, Collect::Remove).unwrap_err().to_string();
     assert!(refused.contains("what is in use is not known"), "{refused}");
     assert_eq!(count(), 2);

@@ -171,9 +171,12 @@ fn what_is_not_declared_goes_only_when_pruned() {
     world.ready(&pruned);
     assert_eq!(world.observe().tenants["acme"].pools.len(), 1);
     world.ready(&nothing());
-    // Its net id is never given again.
-    let again = world.apply(&desired).unwrap_err().to_string();
-    assert_eq!(again, "tenants[0].network.tenant_net_id: 7 belonged to a tenant that is gone, and is never given again");
+    // Its net id is given to nobody else.
+    let mut other = desired.clone();
+    other.tenants[0].tenant_id = "beta".parse().unwrap();
+    let again = world.apply(&other).unwrap_err().to_string();
+    assert_eq!(again, "tenants[0].network.tenant_net_id: 7 belonged to tenant acme, which is gone, and is given to nobody else");
+    world.ready(&desired);
 }
 
 #[test]

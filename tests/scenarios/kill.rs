@@ -8,8 +8,12 @@ use crate::world::{World, apply_on, fleet, nothing};
 
 /// Brings a fleet from one declaration to another, killed at each effect in turn; then another process applies the same.
 fn killed_everywhere(from: Option<&DesiredState>, to: &DesiredState) {
+    killed_everywhere_in(World::new, from, to);
+}
+
+fn killed_everywhere_in(make: impl Fn() -> World, from: Option<&DesiredState>, to: &DesiredState) {
     let prepare = || {
-        let world = World::new();
+        let world = make();
         if let Some(from) = from {
             world.ready(from);
         }
@@ -92,5 +96,48 @@ fn while_a_warm_machine_is_resumed_by_hand() {
         let _ = world.process(&KillSwitch::at(n)).and_then(|node| node.resume(&at));
         world.ready(&fleet("running = 1", "running = 1"));
         assert_eq!(boot(&world), before, "killed at {n}");
+    }
+}
+
+/// On real files a write is several effects: a directory, a temporary file, its flush, its name, the flush of the directory.
+mod on_files {
+    use super::*;
+
+    #[test]
+    fn while_a_fleet_is_created_and_started() {
+        killed_everywhere_in(World::on_files, None, &fleet("running = 1", "running = 1"));
+    }
+
+    #[test]
+    fn while_instances_are_put_to_sleep_and_made() {
+        killed_everywhere_in(
+            World::on_files,
+            Some(&fleet("running = 1", "running = 1")),
+            &fleet("running = 1", "running = 1, sleeping = 1"),
+        );
+    }
+
+    #[test]
+    fn while_everything_is_destroyed() {
+        killed_everywhere_in(World::on_files, Some(&fleet("running = 1", "running = 1, sleeping = 1")), &nothing());
+    }
+
+    /// Whatever a killed creation leaves, the fleet can be taken down at once.
+    #[test]
+    fn and_then_everything_is_destroyed() {
+        let to = fleet("running = 1", "running = 1");
+        let count = {
+            let world = World::on_files();
+            let switch = KillSwitch::never();
+            apply_on(&world.process(&switch).unwrap(), &to, 1).unwrap();
+            switch.count()
+        };
+        for n in 0..count {
+            let world = World::on_files();
+            if let Ok(node) = world.process(&KillSwitch::at(n)) {
+                let _ = apply_on(&node, &to, 1);
+            }
+            world.ready(&nothing());
+        }
     }
 }

@@ -7,4 +7,6 @@ mod order;
 mod quota;
 mod roles;
 mod scale;
+mod slow;
+mod torn;
 mod world;

@@ -6,7 +6,6 @@ use std::path::Path;
 use mvm::agent::desired::DesiredState;
 use mvm::agent::plan::Action;
 use mvm::agent::reconciler::ReconcileError;
-use mvm::store::DocumentStore;
 use mvm::vm::instance::{StateName, StopMode};
 use mvm::vm::tenant::SecretChange;
 use mvm_types::PoolAddress;
@@ -178,9 +177,9 @@ fn a_start_without_a_required_drive_is_refused_before_anything_is_made() {
     world.node().secret_set(&"acme".parse().unwrap(), &"token".parse().unwrap(), b"x", SecretChange::Set).unwrap();
     // A secret that cannot be opened any more.
     let key = "tenants/acme/secrets.json";
-    let text = String::from_utf8(world.store.read(key).unwrap().unwrap()).unwrap();
+    let text = String::from_utf8(world.store.raw().read(key).unwrap().unwrap()).unwrap();
     let at = text.find("\"sealed\": \"").unwrap() + "\"sealed\": \"".len();
-    world.store.write(key, format!("{}zz{}", &text[..at], &text[at..]).as_bytes()).unwrap();
+    world.store.raw().write(key, format!("{}zz{}", &text[..at], &text[at..]).as_bytes()).unwrap();
     let before = world.vmm.machines().len();
     let report = world.pass(&desired);
     let failed: Vec<String> = report.failed().map(|(_, error, _)| error.to_owned()).collect();

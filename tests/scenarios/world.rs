@@ -1,7 +1,7 @@
 //! A node made of fakes, and what must always be true of it.
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -16,17 +16,79 @@ use mvm::host::FakeHost;
 use mvm::infra::clock::ManualClock;
 use mvm::infra::kill_switch::KillSwitch;
 use mvm::infra::paths::Paths;
-use mvm::store::{Documents, MemoryStore, Wait};
-use mvm::vm::instance::StateName;
+use mvm::store::{DocumentStore, Documents, FileStore, MemoryStore, Wait};
+use mvm::vm::instance::{InstanceState, StateName};
 use mvm::vm::node::{Node, Sealer, Seams, VmmUids};
 use mvm::vm::pool::{BuilderChoice, ImageSource, SimulatedImages};
 use mvm::vmm::simulated::{Rule, Script, SimulatedStep, SimulatedVmm};
 use mvm_types::TenantId;
+use tempfile::TempDir;
 use zeroize::Zeroizing;
+
+/// Where the documents are.
+pub enum Store {
+    Memory(MemoryStore),
+    Files { store: FileStore, dir: TempDir },
+}
+
+impl Store {
+    /// Real files, where flushing them costs nothing if there is such a place.
+    fn files() -> Self {
+        let memory = Path::new("/dev/shm");
+        let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
+        Store::Files { store: FileStore::new(dir.path().join("state"), dir.path().join("locks")), dir }
+    }
+
+    fn next_process(&self, switch: Arc<KillSwitch>) -> Arc<dyn DocumentStore> {
+        match self {
+            Store::Memory(store) => Arc::new(store.next_process(switch)),
+            Store::Files { store, .. } => Arc::new(store.next_process(switch)),
+        }
+    }
+
+    pub fn raw(&self) -> &dyn DocumentStore {
+        match self {
+            Store::Memory(store) => store,
+            Store::Files { store, .. } => store,
+        }
+    }
+
+    /// The directory of the documents.
+    pub fn dir(&self) -> PathBuf {
+        match self {
+            Store::Memory(_) => panic!("it has none"),
+            Store::Files { dir, .. } => dir.path().join("state"),
+        }
+    }
+
+    /// Every key with its content, also of what is hidden; a directory with nothing in it is a key that ends with a slash.
+    pub fn snapshot(&self) -> BTreeMap<String, Vec<u8>> {
+        let mut all = BTreeMap::new();
+        match self {
+            Store::Memory(store) => return store.snapshot(),
+            Store::Files { .. } => walk(&self.dir(), "", &mut all),
+        }
+        all
+    }
+}
+
+fn walk(dir: &Path, key: &str, all: &mut BTreeMap<String, Vec<u8>>) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        let key = format!("{key}{}", path.file_name().unwrap().to_str().unwrap());
+        if !path.is_dir() {
+            all.insert(key, std::fs::read(&path).unwrap());
+        } else if std::fs::read_dir(&path).unwrap().next().is_none() {
+            all.insert(format!("{key}/"), Vec::new());
+        } else {
+            walk(&path, &format!("{key}/"), all);
+        }
+    }
+}
 
 /// A host with a state directory, all in memory.
 pub struct World {
-    pub store: MemoryStore,
+    pub store: Store,
     pub host: FakeHost,
     pub vmm: SimulatedVmm,
     pub clock: Arc<ManualClock>,
@@ -50,9 +112,14 @@ impl World {
         Self::scripted(&[])
     }
 
+    /// With real documents.
+    pub fn on_files() -> Self {
+        Self { store: Store::files(), ..Self::new() }
+    }
+
     pub fn scripted(rules: &[Rule]) -> Self {
         Self {
-            store: MemoryStore::new(),
+            store: Store::Memory(MemoryStore::new()),
             host: FakeHost::recording(),
             vmm: SimulatedVmm::new(Script { rules: rules.to_vec() }),
             clock: Arc::new(ManualClock::new()),
@@ -63,7 +130,7 @@ impl World {
 
     /// Starts a process of mvm that dies at an effect.
     pub fn process(&self, switch: &Arc<KillSwitch>) -> Result<Node, mvm::vm::error::LifecycleError> {
-        let store = Arc::new(self.store.next_process(switch.clone()));
+        let store = self.store.next_process(switch.clone());
         let vmm = self.vmm.next_process(switch.clone());
         let ids = self.ids.clone();
         let seams = Seams {
@@ -155,9 +222,57 @@ impl World {
         assert!(host.data_disks.keys().all(|at| disks.contains(at)), "data disks of instances that are gone");
         if observed.tenants.is_empty() {
             assert_eq!(host.leftovers(), Vec::<String>::new());
-            let documents: Vec<_> = self.store.snapshot().into_keys().filter(|key| key.starts_with("tenants/")).collect();
+            let documents: Vec<_> =
+                self.store.snapshot().into_keys().filter(|key| key.starts_with("tenants/") && key != "tenants/").collect();
             assert_eq!(documents, Vec::<String>::new());
         }
+        let left: Vec<_> = self.store.snapshot().into_keys().filter(|key| key.contains(".tmp") || key.contains(".removed")).collect();
+        assert_eq!(left, Vec::<String>::new());
+        self.check_log(&observed);
+    }
+
+    /// Whatever is there, and whatever state it is in, is on record.
+    fn check_log(&self, observed: &Observed) {
+        let audit = Audit::new(self.store.next_process(KillSwitch::never()), self.clock.clone(), "check".into());
+        for (id, tenant) in &observed.tenants {
+            assert!(audit.verify(id).unwrap().is_ok());
+            let events = audit.events(id).unwrap();
+            let last: BTreeMap<&str, &str> =
+                events.iter().filter_map(|event| Some((event.object.as_str(), event.to.as_deref()?))).collect();
+            let made: BTreeSet<(&str, &str)> = events.iter().map(|event| (event.object.as_str(), event.action.as_str())).collect();
+            assert!(made.contains(&(id.as_str(), "create tenant")), "{id} is not on record");
+            for pool in tenant.pools.values() {
+                let at = pool.doc.address().to_string();
+                assert!(made.contains(&(at.as_str(), "create pool")), "{at} is not on record");
+                for one in &pool.instances {
+                    let at = one.doc.at().to_string();
+                    let state = one.doc.state.name().to_string();
+                    assert!(made.contains(&(at.as_str(), "create")), "{at} is not on record");
+                    assert_eq!(last.get(at.as_str()), Some(&state.as_str()), "the last record of {at}");
+                }
+            }
+        }
+    }
+
+    /// Cuts a document off, as a disk that lies might.
+    pub fn tear(&self, key: &str) {
+        let whole = self.store.raw().read(key).unwrap().unwrap();
+        self.store.raw().write(key, &whole[..40.min(whole.len() - 2)]).unwrap();
+    }
+
+    /// The instances of every pool with what their guests booted as, which a restart changes.
+    pub fn guests(&self) -> Vec<(String, Option<String>)> {
+        let observed = self.observe();
+        let instances = observed.tenants.values().flat_map(|tenant| tenant.pools.values()).flat_map(|pool| &pool.instances);
+        let boot = |state: &InstanceState| match state {
+            InstanceState::Running { guest_boot, .. } | InstanceState::Warm { guest_boot, .. } => Some(guest_boot.clone()),
+            _ => None,
+        };
+        instances.map(|one| (one.doc.at().to_string(), boot(&one.doc.state))).collect()
+    }
+
+    pub fn verbs(&self, desired: &DesiredState) -> Vec<&'static str> {
+        self.plan(desired).visible().map(|step| step.action.verb()).collect()
     }
 }
 
@@ -202,6 +317,18 @@ pub fn fleet(gateways: &str, workers: &str) -> DesiredState {
 
 pub fn nothing() -> DesiredState {
     DesiredState { prune_unknown_tenants: true, ..DesiredState::empty() }
+}
+
+/// The changes of an instance's state in the log, in order: `verb from -> to`, and whether it failed.
+pub fn changes(world: &World, at: &mvm_types::InstanceAddress) -> Vec<String> {
+    let events = world.node().audit().events(&at.tenant).unwrap();
+    let of = events.into_iter().filter(|event| event.object == at.to_string());
+    of.map(|event| {
+        let state = |state: Option<String>| state.unwrap_or_default();
+        let failed = if event.result == "ok" { "" } else { " FAILED" };
+        format!("{} {} -> {}{failed}", event.action, state(event.from), state(event.to))
+    })
+    .collect()
 }
 
 /// The actions of the log in order, as `verb object`.

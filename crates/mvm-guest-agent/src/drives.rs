@@ -1,9 +1,10 @@
 //! Block devices by the label of their ext4 file system.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use mvm_guest_api::proto;
@@ -103,13 +104,21 @@ impl Superblock {
     }
 }
 
+/// Mounts an ext4 file system, unless it is there already: an agent that was started again finds what the last one did.
+fn mount(device: &Device, at: &str, flags: MountFlags, data: Option<&CStr>) -> io::Result<()> {
+    match rustix::mount::mount(&device.path, at, "ext4", flags, data) {
+        Err(rustix::io::Errno::BUSY) if fs::metadata(at)?.dev() == fs::metadata(&device.path)?.rdev() => Ok(()),
+        outcome => Ok(outcome?),
+    }
+}
+
 /// Mounts the data drive, grown to the size of its device.
 ///
 /// # Errors
 /// What the kernel said. A file system that cannot be grown is mounted all the same, and the second part says why.
 pub fn mount_data(device: &Device) -> io::Result<(Mounted, Result<(), String>)> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
-    rustix::mount::mount(&device.path, DATA_DIR, "ext4", flags, None)?;
+    mount(device, DATA_DIR, flags, None)?;
     let grown = if device.size / device.block_size > device.fs_size / device.block_size {
         grow(DATA_DIR, device.size / device.block_size).map_err(|error| error.to_string())
     } else {
@@ -126,7 +135,7 @@ pub fn mount_data(device: &Device) -> io::Result<(Mounted, Result<(), String>)> 
 pub fn mount_config(device: &Device) -> io::Result<Mounted> {
     let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     // Without a journal to replay the drive is never written: the host may share it read-only.
-    rustix::mount::mount(&device.path, CONFIG_DIR, "ext4", flags, Some(c"noload"))?;
+    mount(device, CONFIG_DIR, flags, Some(c"noload"))?;
     Ok(Mounted { label: LABEL_CONFIG.into(), at: CONFIG_DIR, read_only: true, size: device.size })
 }
 

@@ -19,6 +19,7 @@ pub mod hooks;
 pub mod lifecycle;
 pub mod log;
 pub mod network;
+pub mod notify;
 pub mod port;
 pub mod power;
 pub mod random;

@@ -12,7 +12,7 @@ use tonic::Status;
 use crate::agent::{Agent, Manage};
 use crate::hooks::{self, Moment};
 use crate::setup::{Occasion, set_up};
-use crate::{drives, random, secrets, services, system};
+use crate::{drives, notify, random, secrets, services, system};
 
 /// A deadline from outside, capped.
 pub fn capped(ms: u64) -> Duration {
@@ -163,6 +163,13 @@ pub async fn shut_down(agent: &Arc<Agent>, grace: Duration) {
     if agent.settings.manage == Manage::Nothing {
         agent.say("the system is not mine to power off");
         return;
+    }
+    if notify::systemd_runs() {
+        // Other services may still write: they are stopped and /data is unmounted in systemd's order.
+        match notify::power_off(agent).await {
+            Ok(()) => return,
+            Err(why) => agent.say(&why),
+        }
     }
     let worker = agent.clone();
     let ended = tokio::task::spawn_blocking(move || {

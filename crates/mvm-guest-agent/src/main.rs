@@ -1,5 +1,6 @@
 //! `mvm-guest-agent`: PID 1 of the built-in image, or `mvm-guest-agent serve` as a service.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use std::sync::Arc;
 use mvm_guest_agent::agent::{Agent, Manage, Settings};
 use mvm_guest_agent::service::Service;
 use mvm_guest_agent::setup::{Occasion, set_up};
-use mvm_guest_agent::{boot, network, port, power, services, session};
+use mvm_guest_agent::{boot, network, notify, port, power, services, session};
 use mvm_guest_api::{BUSY_DIR, CONFIG_DIR, CONFIG_FILE, HOOKS_DIR};
 
 #[global_allocator]
@@ -100,6 +101,9 @@ async fn serve(settings: Settings, sockets: Vec<PathBuf>) -> Result<(), String> 
     agent.state().holding = None;
     agent.note_ready();
     tokio::spawn(services::watch(agent.clone()));
+    if let Err(error) = notify::started() {
+        agent.say(&format!("the service manager was not told: {error}"));
+    }
     let service = Service(agent.clone());
     if sockets.is_empty() {
         serve_ports(&agent, &service)?;
@@ -119,8 +123,11 @@ async fn serve(settings: Settings, sockets: Vec<PathBuf>) -> Result<(), String> 
 
 fn prepare_run(agent: &Agent) {
     let make = |path: &str, mode: u32| {
-        let made =
-            std::fs::create_dir_all(path).and_then(|()| std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)));
+        let made = std::fs::create_dir_all(path).and_then(|()| {
+            // What an agent that was started again finds may be read-only by now.
+            let is = std::fs::metadata(path)?.permissions().mode() & 0o7777;
+            if is == mode { Ok(()) } else { std::fs::set_permissions(path, PermissionsExt::from_mode(mode)) }
+        });
         if let Err(error) = made {
             agent.say(&format!("{path}: {error}"));
         }

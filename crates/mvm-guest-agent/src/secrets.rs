@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use ext4_view::{Ext4, Ext4Read};
@@ -25,6 +25,10 @@ const ALIGN: usize = 4096;
 /// # Errors
 /// A sentence: what could not be read or written.
 pub fn mount(device: &Device) -> Result<Mounted, String> {
+    if is_mounted().map_err(|error| format!("{SECRETS_DIR}: {error}"))? {
+        // Left by an agent that was started again.
+        wipe()?;
+    }
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     // noswap needs Linux 6.4; guests have no swap.
     rustix::mount::mount("mvm-secrets", SECRETS_DIR, "tmpfs", flags, Some(c"mode=0755,size=64m"))
@@ -40,6 +44,12 @@ pub fn mount(device: &Device) -> Result<Mounted, String> {
         return Err(why);
     }
     Ok(Mounted { label: LABEL_SECRETS.into(), at: SECRETS_DIR, read_only: true, size: device.size })
+}
+
+/// Whether the directory is a file system of its own.
+fn is_mounted() -> io::Result<bool> {
+    let parent = Path::new(SECRETS_DIR).parent().expect("the directory is not the root");
+    Ok(fs::metadata(SECRETS_DIR)?.dev() != fs::metadata(parent)?.dev())
 }
 
 /// Overwrites and removes the secrets and their tmpfs.

@@ -32,17 +32,19 @@ pub(super) struct Assignment<'a> {
     pub down: Vec<Chain<'a>>,
     /// Those that need room, in the order of preference: wake, resume, start, create.
     pub up: Vec<Chain<'a>>,
-    /// Instances that keep their state and are made from something else than the pool is now, oldest first.
+    /// Instances that keep their state and have to be started afresh for it, oldest first.
     pub replace: Vec<Chain<'a>>,
     /// How many instances run already and are not changed.
     pub keep_running: u32,
 }
 
-/// Assigns states. `instances` are oldest first; `outdated` tells which ones are made from something else than the pool is now.
+/// Assigns states. `instances` are oldest first; `outdated` tells which ones are made from something else than the pool is now,
+/// `cut_off` which ones lost their way to the network.
 pub(super) fn assign<'a>(
     wanted: DesiredCounts,
     instances: &'a [ObservedInstance],
     outdated: impl Fn(&ObservedInstance) -> bool,
+    cut_off: impl Fn(&ObservedInstance) -> bool,
 ) -> Assignment<'a> {
     let mut result = Assignment::default();
     let in_state = |names: &[StateName]| -> VecDeque<&'a ObservedInstance> {
@@ -63,6 +65,10 @@ pub(super) fn assign<'a>(
                 _ => vec![Verb::Stop, Verb::Rebuild, Verb::Start, Verb::Sleep],
             };
             result.replace.push(Chain { instance: Some(instance), verbs, goal: state });
+        }
+        // A warm one serves nobody, and is seen to when it runs again.
+        for &instance in kept.iter().filter(|one| state == StateName::Running && !outdated(one) && cut_off(one)) {
+            result.replace.push(Chain { instance: Some(instance), verbs: vec![Verb::Stop, Verb::Start], goal: state });
         }
         u32::try_from(kept.len()).unwrap_or(u32::MAX)
     };

@@ -1,7 +1,8 @@
 //! What a document may not change about what is there.
 
 use crate::agent::desired::{DesiredState, InvalidDocument, Problem};
-use crate::agent::observe::Observed;
+use crate::agent::observe::{Observed, Orphan};
+use crate::vm::pool::PoolSpec;
 
 /// Checks a document against what is there: what is fixed for an object's life stays, and networks stay apart.
 ///
@@ -14,12 +15,18 @@ pub fn check_against(desired: &DesiredState, observed: &Observed) -> Result<(), 
         let place = format!("tenants[{t}]");
         let (net_id, subnet) = (tenant.network.tenant_net_id, tenant.network.ipv4_subnet);
         let Some(there) = observed.tenants.get(&tenant.tenant_id) else {
-            if observed.retired_net_ids.contains(&net_id) {
+            if let Some(former) = observed.retired_net_ids.get(&net_id).filter(|former| **former != tenant.tenant_id) {
                 problem(
                     format!("{place}.network.tenant_net_id"),
-                    format!("{net_id} belonged to a tenant that is gone, and is never given again"),
+                    format!("{net_id} belonged to tenant {former}, which is gone, and is given to nobody else"),
                 );
             }
+            let (place, remains) = (&place, &observed.orphans);
+            let faults = remains.iter().filter_map(|(id, orphan)| match *id == tenant.tenant_id {
+                true => tenant.network.check_return(id, &orphan.remains()).err(),
+                false => tenant.network.check_beside(id, &orphan.remains()).err(),
+            });
+            faults.for_each(|(field, why)| problem(format!("{place}.{field}"), why));
             for (id, other) in &observed.tenants {
                 let theirs = &other.doc.network;
                 if theirs.tenant_net_id == net_id {
@@ -44,6 +51,11 @@ pub fn check_against(desired: &DesiredState, observed: &Observed) -> Result<(), 
         }
         for (p, pool) in tenant.pools.iter().enumerate() {
             let place = format!("{place}.pools[{p}]");
+            if let Some(orphan) = there.orphans.get(&pool.pool_id) {
+                for (field, why) in orphan_problems(pool, orphan) {
+                    problem(format!("{place}.{field}"), why);
+                }
+            }
             let Some(there) = there.pools.get(&pool.pool_id) else { continue };
             let old = &there.doc.spec;
             if old.role != pool.role {
@@ -66,4 +78,17 @@ pub fn check_against(desired: &DesiredState, observed: &Observed) -> Result<(), 
         }
     }
     if problems.is_empty() { Ok(()) } else { Err(InvalidDocument { problems }) }
+}
+
+/// What a declaration may not change about a pool whose document is gone.
+fn orphan_problems(pool: &PoolSpec, orphan: &Orphan) -> Vec<(&'static str, String)> {
+    let mut problems = Vec::new();
+    if let Some(other) = orphan.instances.iter().find(|doc| doc.role != pool.role) {
+        problems.push(("role", format!("a pool's role is fixed for its life, and {} is a {}", other.at(), other.role)));
+    }
+    let largest = orphan.instances.iter().map(|doc| doc.blueprint.resources.data_disk_mib).max().unwrap_or(0);
+    if pool.instance_resources.data_disk_mib < largest {
+        problems.push(("instance_resources.data_disk_mib", format!("a data disk does not shrink, and an instance has {largest} MiB")));
+    }
+    problems
 }

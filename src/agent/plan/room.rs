@@ -30,10 +30,9 @@ pub(super) struct Ask<'a> {
 
 impl NodeRoom {
     pub(super) fn of(observed: &Observed) -> Self {
-        let usage = |tenant: &crate::agent::observe::ObservedTenant| {
-            Usage::of(tenant.pools.values().flat_map(|pool| &pool.instances).map(|one| &one.doc))
-        };
-        let tenants: BTreeMap<_, _> = observed.tenants.iter().map(|(id, tenant)| (id.clone(), usage(tenant))).collect();
+        let orphans = observed.orphans.iter().map(|(id, orphan)| (id.clone(), Usage::of(&orphan.instances)));
+        let tenants: BTreeMap<_, _> =
+            observed.tenants.iter().map(|(id, tenant)| (id.clone(), Usage::of(tenant.instances()))).chain(orphans).collect();
         let overhead_mib = u64::from(observed.overhead_mib);
         let used_mib = tenants.values().map(|usage| on_the_node(usage, overhead_mib)).sum();
         Self { capacity_mib: observed.capacity_mib, overhead_mib, used_mib, tenants }

@@ -40,12 +40,25 @@ struct PoolWork<'a> {
 }
 
 impl Planner<'_> {
+    /// Plans the document of a tenant that has lost it, and nothing else of it. Rules and bridges are made to fit by the next pass:
+    /// before that they would leave its machines out.
+    pub(super) fn adopt(&mut self, desired: &DesiredTenant) {
+        let (tenant, network, quotas) = (desired.tenant_id.clone(), desired.network.clone(), desired.quotas.clone());
+        let adopted = self.step(Action::CreateTenant { tenant, network, quotas }, "its document is gone", Vec::new());
+        self.adopted.push(follows(adopted));
+        self.plan.look_again = Some(Duration::ZERO);
+        self.network = true;
+    }
+
     /// Plans a declared tenant.
     pub(super) fn tenant(&mut self, desired: &DesiredTenant, prune_unknown_pools: bool) {
+        if self.observed.orphans.contains_key(&desired.tenant_id) {
+            return;
+        }
         let observed = self.observed.tenants.get(&desired.tenant_id);
         let document = self.tenant_document(desired, observed);
         let mut down_ends = Vec::new();
-        let mut kept = observed.map_or(0, |observed| observed.pools.len());
+        let mut kept = observed.map_or(0, |observed| observed.pools.len() + observed.orphans.len());
         if prune_unknown_pools && let Some(observed) = observed {
             let named: BTreeSet<&PoolId> = desired.pools.iter().map(|pool| &pool.pool_id).collect();
             let unknown: Vec<_> = observed.pools.values().filter(|pool| !named.contains(&pool.doc.spec.pool_id)).collect();
@@ -58,9 +71,12 @@ impl Planner<'_> {
         let mut works: BTreeMap<&PoolId, PoolWork<'_>> = BTreeMap::new();
         for &spec in &order {
             let pool = observed.and_then(|tenant| tenant.pools.get(&spec.pool_id));
-            kept += usize::from(pool.is_none());
+            let orphan = observed.is_some_and(|tenant| tenant.orphans.contains_key(&spec.pool_id));
+            let new = pool.is_none() && !orphan;
+            kept += usize::from(new);
             let work = match desired.quotas.check_pools(&desired.tenant_id, kept) {
-                Err(quota) if pool.is_none() => {
+                _ if orphan => self.orphan_pool(desired, spec, document),
+                Err(quota) if new => {
                     kept -= 1;
                     self.no_place(desired, spec, &quota.to_string())
                 }
@@ -130,7 +146,11 @@ impl Planner<'_> {
         } else {
             return None;
         };
-        let step = self.step(Action::ApplyNetwork, why, new.map(needs).into_iter().chain(created).chain(destroyed).collect());
+        let step = self.step(
+            Action::ApplyNetwork,
+            why,
+            new.map(needs).into_iter().chain(created).chain(destroyed).chain(self.adopted.clone()).collect(),
+        );
         self.network = true;
         Some(step)
     }
@@ -155,6 +175,16 @@ impl Planner<'_> {
         let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
         self.defer(&pool, "create pool", why, None);
         PoolWork { held: Some(why.to_owned()), not_ready: Some(format!("pool {pool} is not there: {why}")), ..PoolWork::default() }
+    }
+
+    /// Plans the document of a pool that has lost it; what its instances should become is seen by the next pass.
+    fn orphan_pool<'a>(&mut self, tenant: &DesiredTenant, spec: &PoolSpec, tenant_document: Option<usize>) -> PoolWork<'a> {
+        let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
+        let after = tenant_document.map(needs).into_iter().collect();
+        self.step(Action::CreatePool { pool: pool.clone(), spec: spec.clone().into() }, "its document is gone", after);
+        self.plan.look_again = Some(Duration::ZERO);
+        let held = "its document is written first".to_owned();
+        PoolWork { not_ready: Some(format!("pool {pool}: {held}")), held: Some(held), down_deferred: true, ..PoolWork::default() }
     }
 
     /// Plans a pool's document and image, and decides what its instances should become.
@@ -195,7 +225,7 @@ impl Planner<'_> {
         }
         work.ready = ready;
         let Some(observed) = observed else {
-            work.assignment = assign(spec.desired_counts, &[], |_| false);
+            work.assignment = assign(spec.desired_counts, &[], |_| false, |_| false);
             return work;
         };
         if let Some(busy) = observed.instances.iter().find(|one| one.busy) {
@@ -211,7 +241,8 @@ impl Planner<'_> {
                     "its end was cut off",
                     Vec::new(),
                 );
-                self.step(Action::ApplyNetwork, "an instance is gone", vec![follows(gone)]);
+                let after = self.adopted.iter().copied().chain([follows(gone)]).collect();
+                self.step(Action::ApplyNetwork, "an instance is gone", after);
                 self.network = true;
                 self.plan.look_again = Some(Duration::ZERO);
                 work.held = Some(format!("{} is destroyed first", one.doc.at()));
@@ -235,9 +266,13 @@ impl Planner<'_> {
         }
         let blueprint = spec.blueprint();
         let revision = observed.doc.revision.clone();
-        work.assignment = assign(spec.desired_counts, &observed.instances, |one| {
-            one.doc.blueprint != blueprint || (one.doc.revision.is_some() && one.doc.revision != revision)
-        });
+        // A pool that has no image yet, as one that lost its document, does not know what its instances should be made from.
+        let known = revision.is_some();
+        let outdated = |one: &ObservedInstance| {
+            one.doc.blueprint != blueprint || (known && one.doc.revision.is_some() && one.doc.revision != revision)
+        };
+        let whole = self.observed;
+        work.assignment = assign(spec.desired_counts, &observed.instances, outdated, |one| whole.lost_tap(one).is_some());
         work
     }
 
@@ -465,8 +500,11 @@ impl Planner<'_> {
             let mut after = after.clone();
             after.extend(ends.iter().copied());
             after.extend(rolling.map(needs));
-            rolling =
-                Some(self.chain(&Target::Existing(one.doc.at()), chain, "it is made from something else than the pool is now", after));
+            let why = match self.observed.lost_tap(one).filter(|_| !chain.verbs.contains(&Verb::Rebuild)) {
+                Some(tap) => format!("its TAP {tap} is gone"),
+                None => "it is made from something else than the pool is now".to_owned(),
+            };
+            rolling = Some(self.chain(&Target::Existing(one.doc.at()), chain, &why, after));
         }
         ends.extend(rolling.map(needs));
         lasts.extend(rolling);
@@ -569,7 +607,8 @@ impl Planner<'_> {
             "it is not declared, and unknown tenants are pruned",
             ends.into_iter().map(needs).collect(),
         );
-        self.step(Action::ApplyNetwork, format!("tenant {id} is gone"), vec![follows(gone)]);
+        let after = self.adopted.iter().copied().chain([follows(gone)]).collect();
+        self.step(Action::ApplyNetwork, format!("tenant {id} is gone"), after);
         self.network = true;
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{InstanceState, StateName, Transition};
 use crate::infra::clock::Moment;
 use crate::infra::failure::Failure;
-use crate::net::{InstanceNetwork, InstanceOffset, TenantNetId, TenantNetwork};
+use crate::net::{InstanceNetwork, InstanceOffset, Place, TenantNetId, TenantNetwork};
 use crate::store::Document;
 use crate::vm::pool::Blueprint;
 
@@ -59,6 +59,11 @@ impl InstanceDoc {
     /// Returns the instance's address among mvm's nouns.
     pub fn at(&self) -> InstanceAddress {
         InstanceAddress::new(self.tenant_id.clone(), self.pool_id.clone(), self.instance_id.clone())
+    }
+
+    /// Returns where it is, whatever its tenant's document says.
+    pub fn place(&self) -> Place {
+        Place { net_id: self.net_id, offset: self.offset, address: self.address }
     }
 
     /// Returns its network identity.

@@ -1,7 +1,7 @@
 //! New instances: ids, places in the subnet, documents.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mvm_types::{InstanceAddress, InstanceId, PoolAddress};
 
@@ -10,7 +10,7 @@ use super::state::InstanceState;
 use crate::audit::Entry;
 use crate::net::InstanceOffset;
 use crate::store::Document;
-use crate::vm::error::LifecycleError;
+use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::keys;
 use crate::vm::node::Node;
 
@@ -77,20 +77,33 @@ impl Node {
             (0..count).for_each(|_| after.add_instance(&pool.pool, disk_mib));
             after
         };
-        self.take_room(&tenant, ask, || self.write_new(&docs))?;
-        for doc in &docs {
-            let entry = Entry {
-                object: doc.at().to_string(),
-                role: Some(doc.role),
-                action: "create".into(),
-                to: Some(doc.state.name().to_string()),
-                took: begun.elapsed(),
-                ..Entry::default()
-            };
-            self.audit().note(&pool.tenant, entry)?;
-        }
-        self.audit().flush(&pool.tenant)?;
+        self.take_room(&tenant, ask, || {
+            // Before the documents: none of them may be there without a record.
+            docs.iter().try_for_each(|doc| self.audit_create(doc, None, begun.elapsed()))?;
+            self.audit().flush(&pool.tenant)?;
+            self.write_new(&docs).inspect_err(|error| {
+                // Which of them are there is seen by whoever looks; the error itself is what the caller has to hear.
+                let why = with_causes(error);
+                let noted = docs.iter().try_for_each(|doc| self.audit_create(doc, Some(why.clone()), begun.elapsed()));
+                if let Err(failed) = noted.and_then(|()| Ok(self.audit().flush(&pool.tenant)?)) {
+                    tracing::warn!(%pool, error = with_causes(&failed), "a failed creation cannot be recorded");
+                }
+            })
+        })?;
         Ok(docs.iter().map(InstanceDoc::at).collect())
+    }
+
+    fn audit_create(&self, doc: &InstanceDoc, error: Option<String>, took: Duration) -> Result<(), LifecycleError> {
+        let entry = Entry {
+            object: doc.at().to_string(),
+            role: Some(doc.role),
+            action: "create".into(),
+            from: None,
+            to: error.is_none().then(|| doc.state.name().to_string()),
+            error,
+            took,
+        };
+        Ok(self.audit().note(&doc.tenant_id, entry)?)
     }
 
     fn write_new(&self, docs: &[InstanceDoc]) -> Result<(), LifecycleError> {

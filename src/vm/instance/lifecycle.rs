@@ -3,8 +3,11 @@
 //! Every verb does the same around its own part:
 //!
 //! ```text
-//! lock -> recover what was cut off -> is it legal? -> intent on disk -> effects -> result on disk -> audit
+//! lock -> recover what was cut off -> is it legal? -> intent on disk -> effects -> audit -> result on disk
 //! ```
+//!
+//! The record comes before the result that it is of: a process that is killed in between leaves a record of what the next one undoes
+//! or does again, with a record of its own, and nothing ever happens that there is no record of.
 //!
 //! A verb that fails undoes what it did, and records the failure; a verb that is killed leaves the intent, from which the next one
 //! finishes or undoes it ([`super::recover`]).
@@ -43,6 +46,9 @@ pub enum StopMode {
     Force,
 }
 
+/// What finishing or undoing a change that was cut off is called in the log.
+const RECOVER: &str = "recover";
+
 /// What a failed wake that is the snapshot's fault is recorded as: the next plan boots the instance afresh.
 pub const SNAPSHOT_REFUSED: &str = "wake (snapshot refused)";
 
@@ -54,6 +60,31 @@ pub(super) struct Locked<'a> {
     pub pool: PoolDoc,
     pub doc: InstanceDoc,
     pub guard: Box<dyn LockGuard>,
+    act: Act,
+}
+
+/// What is being done to an instance, for the record.
+struct Act {
+    action: &'static str,
+    from: StateName,
+    begun: Instant,
+    /// What it failed with, when it is being undone.
+    error: Option<String>,
+    said: Said,
+}
+
+/// What the record says of it so far.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Said {
+    Nothing,
+    Done,
+    Failed,
+}
+
+impl Act {
+    fn new(action: &'static str, from: StateName) -> Self {
+        Self { action, from, begun: Instant::now(), error: None, said: Said::Nothing }
+    }
 }
 
 impl Node {
@@ -97,11 +128,9 @@ impl Node {
     /// Removes an instance with everything that it has, also its data.
     pub fn destroy(&self, at: &InstanceAddress) -> Result<(), LifecycleError> {
         let mut instance = self.lock_instance(at)?;
-        let begun = Instant::now();
-        let from = instance.doc.state.name();
-        let role = instance.doc.role;
+        instance.begin(Verb::Destroy.as_str());
         let result = instance.destroy();
-        self.audit_change(Verb::Destroy, at, role, from, &result, begun.elapsed())?;
+        instance.conclude(&result)?;
         if result.is_ok() {
             instance.guard.retire();
         }
@@ -111,17 +140,14 @@ impl Node {
     /// Finishes or undoes what was cut off, and notices a virtual machine that died.
     pub fn recover(&self, at: &InstanceAddress) -> Result<StateName, LifecycleError> {
         let mut instance = self.lock_instance(at)?;
-        let begun = Instant::now();
-        let from = instance.doc.state.name();
-        let role = instance.doc.role;
+        instance.begin(RECOVER);
         let result = match instance.recover() {
             // Whoever brought it up for another state did not come to that.
             Ok(None) if instance.doc.passing_to.is_some() => instance.go_no_further(),
             other => other,
         };
         if !matches!(result, Ok(None)) {
-            let error = result.as_ref().err().map(|error| with_causes(error));
-            self.audit_instance(at, role, "recover", (from, instance.doc.state.name()), error, begun.elapsed())?;
+            instance.conclude(&result)?;
         }
         result.map(|_| instance.doc.state.name())
     }
@@ -138,17 +164,22 @@ impl Node {
             let why = format!("its end was cut off; `mvm instance destroy {at}` finishes it");
             return Err(LifecycleError::Refused { what: format!("{verb} {at}"), why });
         }
-        instance.recover()?;
-        let from = instance.doc.state.name();
-        verb.check(from, at)?;
+        instance.begin(RECOVER);
+        let recovered = instance.recover();
+        if !matches!(recovered, Ok(None)) {
+            instance.conclude(&recovered)?;
+        }
+        recovered?;
+        verb.check(instance.doc.state.name(), at)?;
         let begun = Instant::now();
+        instance.begin(verb.as_str());
         let result = body(&mut instance);
+        instance.conclude(&result)?;
         if let Err(error) = &result
             && !error.is_killed()
         {
             instance.record_failure(verb, error)?;
         }
-        self.audit_change(verb, at, instance.doc.role, from, &result, begun.elapsed())?;
         tracing::info!(instance = %at, verb = %verb, ok = result.is_ok(), took_ms = begun.elapsed().as_millis() as u64, "changed");
         result
     }
@@ -166,40 +197,64 @@ impl Node {
         };
         let tenant = self.tenant(&at.tenant)?;
         let pool = self.pool(&at.pool_address())?;
-        Ok(Locked { node: self, at: at.clone(), tenant, pool, doc, guard })
-    }
-
-    fn audit_change(
-        &self,
-        verb: Verb,
-        at: &InstanceAddress,
-        role: mvm_types::Role,
-        from: StateName,
-        result: &Result<(), LifecycleError>,
-        took: Duration,
-    ) -> Result<(), LifecycleError> {
-        let to = if result.is_ok() { verb.target() } else { from };
-        self.audit_instance(at, role, verb.as_str(), (from, to), result.as_ref().err().map(|error| with_causes(error)), took)
-    }
-
-    fn audit_instance(
-        &self,
-        at: &InstanceAddress,
-        role: mvm_types::Role,
-        action: &str,
-        (from, to): (StateName, StateName),
-        error: Option<String>,
-        took: Duration,
-    ) -> Result<(), LifecycleError> {
-        let (from, to) = (Some(from.to_string()), Some(to.to_string()));
-        let entry = Entry { object: at.to_string(), role: Some(role), action: action.to_owned(), from, to, error, took };
-        Ok(self.audit().record(&at.tenant, entry)?)
+        let act = Act::new(RECOVER, doc.state.name());
+        Ok(Locked { node: self, at: at.clone(), tenant, pool, doc, guard, act })
     }
 }
 
 impl Locked<'_> {
     pub(super) fn policy(&self) -> &RuntimePolicy {
         &self.pool.spec.runtime_policy
+    }
+
+    /// Begins something that there will be a record of.
+    fn begin(&mut self, action: &'static str) {
+        self.act = Act::new(action, self.doc.state.name());
+    }
+
+    /// Records what is being done, once; called before the document says what became of it.
+    fn record(&mut self, to: StateName) -> Result<(), LifecycleError> {
+        if self.act.said != Said::Nothing {
+            return Ok(());
+        }
+        self.append_record(to)
+    }
+
+    fn append_record(&mut self, to: StateName) -> Result<(), LifecycleError> {
+        let Act { action, from, begun, error, .. } = &self.act;
+        let said = if error.is_none() { Said::Done } else { Said::Failed };
+        let entry = Entry {
+            object: self.at.to_string(),
+            role: Some(self.doc.role),
+            action: (*action).to_owned(),
+            from: Some(from.to_string()),
+            to: Some(to.to_string()),
+            error: error.clone(),
+            took: begun.elapsed(),
+        };
+        self.node.audit().record(&self.at.tenant, entry)?;
+        self.act.said = said;
+        Ok(())
+    }
+
+    /// Records how it ended, unless that is on record.
+    fn conclude<T>(&mut self, result: &Result<T, LifecycleError>) -> Result<(), LifecycleError> {
+        let state = self.doc.state.name();
+        match result {
+            Ok(_) => self.record(state),
+            Err(error) if error.is_killed() || self.act.said == Said::Failed => Ok(()),
+            Err(error) => {
+                self.act.error = Some(with_causes(error));
+                match self.append_record(state) {
+                    // The disk is full, say: the error itself is what the caller has to hear.
+                    Err(failed) if !failed.is_killed() => {
+                        tracing::warn!(instance = %self.at, error = with_causes(&failed), "the failure cannot be recorded");
+                        Ok(())
+                    }
+                    other => other,
+                }
+            }
+        }
     }
 
     pub(super) fn save(&self) -> Result<(), LifecycleError> {
@@ -222,6 +277,12 @@ impl Locked<'_> {
 
     /// Writes down the result, and gives the room back that the state before took and this one does not.
     pub(super) fn arrive(&mut self, state: InstanceState) -> Result<(), LifecycleError> {
+        self.arrive_with(state, None)
+    }
+
+    /// Writes down the result with what did not go well on the way.
+    pub(super) fn arrive_with(&mut self, state: InstanceState, failure: Option<Failure>) -> Result<(), LifecycleError> {
+        self.record(state.name())?;
         let was = crate::vm::usage::counts_as(&self.doc);
         // Up, it may yet be on its way to another state; anywhere else it has arrived.
         if state.name() != StateName::Running {
@@ -229,7 +290,7 @@ impl Locked<'_> {
         }
         self.doc.state = state;
         self.doc.transition = None;
-        self.doc.failure = None;
+        self.doc.failure = failure;
         self.save()?;
         let is = crate::vm::usage::counts_as(&self.doc);
         if was != is {
@@ -338,6 +399,7 @@ impl Locked<'_> {
         if error.is_killed() {
             return Err(error);
         }
+        self.act.error = Some(with_causes(&error));
         // Whoever failed ended what it had started; where it could not, the intent stays, and the next one tries again.
         if let Some(stray) = self.stray()? {
             self.node.vmm().kill(&stray)?;
@@ -353,6 +415,7 @@ impl Locked<'_> {
     /// Forgets that it was brought up for another state than to run.
     fn go_no_further(&mut self) -> Result<Option<&'static str>, LifecycleError> {
         let was = crate::vm::usage::counts_as(&self.doc);
+        self.record(self.doc.state.name())?;
         self.doc.passing_to = None;
         self.save()?;
         let (is, resources) = (crate::vm::usage::counts_as(&self.doc), self.doc.blueprint.resources.clone());
@@ -414,7 +477,11 @@ impl Locked<'_> {
         }
         // Undoing is what recovery does with this intent.
         tracing::warn!(instance = %self.at, error = with_causes(&error), pid = vm.process.pid, "going back to Running");
+        self.act.error = Some(with_causes(&error));
+        let earlier = self.doc.failure.clone();
         self.recover()?;
+        // What failed is the verb, and how often it did counts on.
+        self.doc.failure = earlier;
         Err(error)
     }
 
@@ -513,6 +580,7 @@ impl Locked<'_> {
             }
             Err(error) if error.is_killed() => Err(error),
             Err(error) => {
+                self.act.error = Some(with_causes(&error));
                 self.end(StopReason::SnapshotLost(format!("the guest did not come back: {}", with_causes(&error))))?;
                 Err(error)
             }
@@ -602,7 +670,10 @@ impl Locked<'_> {
         self.doc.state = InstanceState::Ready;
         self.doc.failure = None;
         let node = self.node;
-        let rebuilt = node.take_room(&tenant, ask, || self.save());
+        let rebuilt = node.take_room(&tenant, ask, || {
+            self.record(StateName::Ready)?;
+            self.save()
+        });
         if rebuilt.is_err() {
             // What a failure is recorded with is the instance as it was.
             self.doc = before;
@@ -620,6 +691,7 @@ impl Locked<'_> {
         self.kill_machines()?;
         self.node.host().remove_run_dir(&self.at.instance)?;
         self.node.host().remove_instance_files(&self.at)?;
+        self.record(StateName::Destroyed)?;
         self.node.documents().raw().remove_tree(&keys::instance_dir(&self.at))?;
         let pool = self.at.pool.clone();
         self.node.give_back_room(&self.at.tenant, |usage| {

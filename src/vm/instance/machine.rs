@@ -117,7 +117,7 @@ impl Machine<'_, '_> {
         let subnet = tenant.network.ipv4_subnet;
         let address = network.address().map_err(|error| LifecycleError::Invalid { place: at.to_string(), why: error.to_string() })?;
         // A role without the drive has none of them.
-        let there = if traits.requires_secrets_drive { node.secret_names(&tenant.tenant_id)? } else { BTreeSet::new() };
+        let there = if traits.requires_secrets_drive { node.secret_names(tenant)? } else { BTreeSet::new() };
         let mut not_enabled = Vec::new();
         let mut enabled = |what: &str, needs: &[SecretName]| {
             let missing = missing_secrets(what, needs, &there);

@@ -3,8 +3,9 @@
 //! | found | becomes |
 //! |---|---|
 //! | on its way up, undoable | what it was: whatever was started is killed |
-//! | on its way down, undoable, its machine runs | Running again: resumed, and the guest set right |
-//! | its snapshot used up (`Resumed`), the machine runs | Running |
+//! | on its way down, undoable, its machine runs | Running again: resumed, and the guest set right; also when the guest is slow to answer |
+//! | being resumed (`Resumed`, Warm) | Running; also when the guest is slow to answer: its memory is the only copy |
+//! | its snapshot used up (`Resumed`, Sleeping), the machine runs | Running; Stopped when the guest does not answer: its random pool is that of the snapshot |
 //! | its snapshot used up, the machine is gone | Stopped |
 //! | its snapshot whole (`Saved`) | Sleeping: the process is killed |
 //! | on its way to Stopped | Stopped |
@@ -14,8 +15,18 @@
 use super::lifecycle::Locked;
 use super::snapshot::manifest_key;
 use super::state::{InstanceState, StateName, StopReason, TransitionStep};
+use crate::infra::failure::Failure;
 use crate::vm::error::LifecycleError;
 use crate::vmm::{Liveness, VmHandle};
+
+/// What becomes of a machine that runs and whose guest does not answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Silent {
+    /// It may only be slow.
+    RunsOn,
+    /// It must not go on without having been set right.
+    Stops,
+}
 
 impl Locked<'_> {
     /// Brings document and world together again. Returns what was found, in words, or `None` when they agreed.
@@ -44,7 +55,8 @@ impl Locked<'_> {
                 Ok(Some("its sleep was finished"))
             }
             (_, TransitionStep::Resumed { vm }) => {
-                self.go_on(&vm)?;
+                let silent = if self.doc.state.name() == StateName::Warm { Silent::RunsOn } else { Silent::Stops };
+                self.go_on(&vm, silent)?;
                 Ok(Some("its wake was finished"))
             }
             // On its way down: the machine is the one of the state.
@@ -53,7 +65,7 @@ impl Locked<'_> {
                     self.end(StopReason::Died)?;
                     return Ok(Some("its virtual machine had died"));
                 };
-                self.go_on(&vm)?;
+                self.go_on(&vm, Silent::RunsOn)?;
                 Ok(Some("it went back to Running"))
             }
             // On its way up: whatever was started is not written down.
@@ -82,20 +94,26 @@ impl Locked<'_> {
         }
     }
 
-    /// Lets a machine run on when it is alive and its guest answers; else the instance is stopped.
-    fn go_on(&mut self, vm: &VmHandle) -> Result<(), LifecycleError> {
+    /// Lets a machine run on when it is alive; else the instance is stopped.
+    fn go_on(&mut self, vm: &VmHandle, silent: Silent) -> Result<(), LifecycleError> {
         let vmm = self.node.vmm();
         if vmm.liveness(vm) == Liveness::Gone {
             return self.end(StopReason::Died);
         }
         // What the snapshot directory holds may be half brought up to date: it is no snapshot of anything.
         self.node.documents().raw().remove(&manifest_key(&self.at))?;
-        let back = vmm.resume(vm).map_err(LifecycleError::from).and_then(|()| self.greet(vm));
-        match back {
-            Ok(guest_boot) => {
-                let since = self.doc.state.since().filter(|_| self.doc.state.name() == StateName::Running).cloned();
-                let since = since.unwrap_or_else(|| self.node.clock().now());
-                self.arrive(InstanceState::Running { vm: vm.clone(), since, guest_boot })
+        let since = self.doc.state.since().filter(|_| self.doc.state.name() == StateName::Running).cloned();
+        let since = since.unwrap_or_else(|| self.node.clock().now());
+        let resumed = vmm.resume(vm).map_err(LifecycleError::from);
+        let runs = resumed.is_ok();
+        match resumed.and_then(|()| self.greet(vm)) {
+            Ok(guest_boot) => self.arrive(InstanceState::Running { vm: vm.clone(), since, guest_boot }),
+            Err(error) if !error.is_killed() && runs && silent == Silent::RunsOn && vmm.liveness(vm) == Liveness::Alive => {
+                let why = crate::vm::error::with_causes(&error);
+                tracing::warn!(instance = %self.at, error = why, "the guest does not answer, and runs on");
+                let failure = Failure::again(self.doc.failure.as_ref(), "recover", why, &self.node.clock().now());
+                let guest_boot = self.guest_boot();
+                self.arrive_with(InstanceState::Running { vm: vm.clone(), since, guest_boot }, Some(failure))
             }
             Err(error) if error.is_killed() => Err(error),
             Err(error) => {

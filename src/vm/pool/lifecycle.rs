@@ -58,20 +58,24 @@ impl Node {
         }
         quotas.check_pools(tenant, self.pools(tenant)?.len() + 1)?;
         let traits = self.images().role_traits(&PoolSpec { role, ..spec.clone() })?;
+        // Of a pool whose document is gone: what they are stays.
+        let there = self.pool_instances(&pool, &mut Vec::new())?;
+        if let Some(other) = there.iter().find(|doc| doc.role != role) {
+            let why = format!("a pool's role is fixed for its life, and {} is a {}", other.at(), other.role);
+            return Err(LifecycleError::Refused { what: format!("make {pool} a {role}"), why });
+        }
         let doc = PoolDoc {
             version: PoolDoc::VERSION,
             tenant_id: tenant.clone(),
             spec: PoolSpec { role, ..spec },
             revision: None,
             built: None,
-            config_version: 1,
+            config_version: there.iter().map(|doc| doc.config_version).max().map_or(1, |last| last + 1),
             created: self.clock().now(),
             traits,
             failure: None,
         };
-        let result = self.documents().write(&keys::pool_doc(&pool), &doc).map_err(LifecycleError::from);
-        self.audit_pool("create pool", &pool, role, &result, Duration::ZERO)?;
-        result
+        self.audited_pool("create pool", &pool, role, || Ok(self.documents().write(&keys::pool_doc(&pool), &doc)?))
     }
 
     /// Changes a pool's declaration.
@@ -94,9 +98,7 @@ impl Node {
         }
         doc.spec = spec;
         doc.config_version += 1;
-        let result = self.documents().write(&keys::pool_doc(pool), &doc).map_err(LifecycleError::from);
-        self.audit_pool("update pool", pool, role, &result, Duration::ZERO)?;
-        result
+        self.audited_pool("update pool", pool, role, || Ok(self.documents().write(&keys::pool_doc(pool), &doc)?))
     }
 
     /// Builds the pool's image, unless it is there, and makes it the one that instances are made from.
@@ -127,14 +129,18 @@ impl Node {
                 doc.failure = Some(Failure::again(doc.failure.as_ref(), "build image", with_causes(error), &now));
             }
         }
-        if doc != before {
-            self.documents().write(&keys::pool_doc(pool), &doc)?;
-        }
         let outcome = match &built {
             Ok(_) => Ok(()),
             Err(error) => Err(LifecycleError::Refused { what: "build image".into(), why: with_causes(error) }),
         };
         self.audit_pool("build image", pool, spec.role, &outcome, begun.elapsed())?;
+        if doc != before {
+            let written = self.documents().write(&keys::pool_doc(pool), &doc).map_err(LifecycleError::from);
+            if written.as_ref().is_err_and(|error| !error.is_killed()) {
+                self.audit_pool("build image", pool, spec.role, &written, begun.elapsed())?;
+            }
+            written?;
+        }
         built
     }
 
@@ -210,15 +216,31 @@ impl Node {
             let why = format!("it has {} instances, {first} among them", instances.len());
             return Err(LifecycleError::Refused { what: format!("destroy pool {pool}"), why });
         }
-        let result = self.documents().raw().remove_tree(&keys::pool_dir(pool)).map_err(LifecycleError::from);
-        self.audit_pool("destroy pool", pool, doc.spec.role, &result, Duration::ZERO)?;
+        let result =
+            self.audited_pool("destroy pool", pool, doc.spec.role, || Ok(self.documents().raw().remove_tree(&keys::pool_dir(pool))?));
         if result.is_ok() {
             guard.retire();
         }
         result
     }
 
-    pub(super) fn audit_pool(
+    /// Does something to a pool, of which there is a record before it is done.
+    pub(super) fn audited_pool(
+        &self,
+        action: &str,
+        pool: &PoolAddress,
+        role: Role,
+        act: impl FnOnce() -> Result<(), LifecycleError>,
+    ) -> Result<(), LifecycleError> {
+        self.audit_pool(action, pool, role, &Ok(()), Duration::ZERO)?;
+        let result = act();
+        if result.as_ref().is_err_and(|error| !error.is_killed()) {
+            self.audit_pool(action, pool, role, &result, Duration::ZERO)?;
+        }
+        result
+    }
+
+    fn audit_pool(
         &self,
         action: &str,
         pool: &PoolAddress,

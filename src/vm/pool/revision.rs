@@ -234,9 +234,8 @@ impl Node {
     pub fn pool_rollback(&self, pool: &PoolAddress, revision: &RevisionId) -> Result<(), LifecycleError> {
         let _guard = self.lock(&keys::pool_dir(pool))?;
         let mut doc = self.pool(pool)?;
-        let result = self.roll_back(pool, revision, &mut doc);
-        self.audit_pool(&format!("roll back to {revision}"), pool, doc.spec.role, &result, std::time::Duration::ZERO)?;
-        result
+        let role = doc.spec.role;
+        self.audited_pool(&format!("roll back to {revision}"), pool, role, || self.roll_back(pool, revision, &mut doc))
     }
 
     fn roll_back(&self, pool: &PoolAddress, revision: &RevisionId, doc: &mut super::PoolDoc) -> Result<(), LifecycleError> {

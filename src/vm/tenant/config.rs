@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::infra::clock::Moment;
-use crate::net::{Subnet, TenantNetId, TenantNetwork};
+use crate::net::{Place, Subnet, TenantNetId, TenantNetwork};
 use crate::store::Document;
 
 /// The tenant's network, given by whoever coordinates the cluster; fixed for the tenant's life.
@@ -23,6 +23,50 @@ impl NetworkSpec {
     pub fn network(&self) -> TenantNetwork {
         TenantNetwork { net_id: self.tenant_net_id, subnet: self.ipv4_subnet }
     }
+
+    /// Checks that a tenant whose document is gone gets the network back that its instances are in.
+    ///
+    /// # Errors
+    /// The field, and why not.
+    pub fn check_return(&self, tenant: &TenantId, remains: &Remains) -> Result<(), (&'static str, String)> {
+        let at_home = |place: &Place| place.net_id == self.tenant_net_id && self.ipv4_subnet.instance(place.offset) == Ok(place.address);
+        match remains.places.iter().find(|place| !at_home(place)) {
+            Some(Place { net_id, offset, address }) => Err((
+                "network",
+                format!(
+                    "a tenant's network is fixed for its life, and {tenant} has an instance {address} (the one at offset {offset}) in net id {net_id}"
+                ),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that a network takes nothing that belongs to another tenant, whose document is gone.
+    ///
+    /// # Errors
+    /// The field, and why not.
+    pub fn check_beside(&self, other: &TenantId, remains: &Remains) -> Result<(), (&'static str, String)> {
+        let gone = format!("tenant {other}, whose document is gone");
+        if let Some(place) = remains.places.iter().find(|place| place.net_id == self.tenant_net_id) {
+            return Err(("network.tenant_net_id", format!("{} belongs to {gone}", place.net_id)));
+        }
+        if let Some(place) = remains.places.iter().find(|place| self.ipv4_subnet.contains(place.address)) {
+            return Err(("network.ipv4_subnet", format!("{} holds the address {} of {gone}", self.ipv4_subnet, place.address)));
+        }
+        match &remains.unknown {
+            Some(why) => Err(("network", format!("whether it is apart from that of {gone}, is not known: {why}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What is known of the network of a tenant whose document is gone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Remains {
+    /// Where its instances are.
+    pub places: Vec<Place>,
+    /// Why that is not known of all of them, where it is so.
+    pub unknown: Option<String>,
 }
 
 /// What a tenant may use at most; what is left out is not limited.

@@ -5,7 +5,7 @@ mod lifecycle;
 mod sealing;
 mod secrets;
 
-pub use config::{NetworkSpec, Quotas, TenantDoc};
+pub use config::{NetworkSpec, Quotas, Remains, TenantDoc};
 pub use lifecycle::reserved;
 pub use sealing::NodeSealer;
 pub use secrets::{MAX_SECRET, MAX_SECRETS, SealedSecret, SecretChange, SecretsDoc, unsealed};

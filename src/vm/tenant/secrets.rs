@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 
 use super::config::TenantDoc;
 use crate::host::DriveFile;
-use crate::store::Document;
+use crate::store::{Document, Torn};
 use crate::vm::error::LifecycleError;
 use crate::vm::keys;
 use crate::vm::node::Node;
@@ -28,6 +28,8 @@ pub struct SecretsDoc {
     pub secrets: BTreeMap<SecretName, SealedSecret>,
 }
 
+const NO_SECRETS: SecretsDoc = SecretsDoc { version: SecretsDoc::VERSION, secrets: BTreeMap::new() };
+
 /// One secret, sealed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedSecret {
@@ -40,8 +42,9 @@ pub struct SealedSecret {
 }
 
 impl Document for SecretsDoc {
-    const KIND: &'static str = "secrets";
+    const KIND: &'static str = "secrets document";
     const VERSION: u32 = 1;
+    const TORN: Torn = Torn::Refused { otherwise: "without one, remove it and set every secret again (mvm tenant secrets set)" };
     fn version(&self) -> u32 {
         self.version
     }
@@ -60,24 +63,38 @@ impl Node {
     /// Sets or rotates a secret and returns the new epoch. Instances get it at their next start or wake.
     pub fn secret_set(&self, tenant: &TenantId, name: &SecretName, value: &[u8], change: SecretChange) -> Result<u64, LifecycleError> {
         let _guard = self.lock(&keys::tenant_dir(tenant))?;
-        let result = self.secret_write(tenant, name, value, change);
         let action = match change {
             SecretChange::Set => format!("set secret {name}"),
             SecretChange::Rotate => format!("rotate secret {name}"),
         };
-        if !matches!(result, Err(LifecycleError::NotFound { kind: "tenant", .. })) {
-            let outcome = match &result {
-                Ok(_) => Ok(()),
-                Err(error) => Err(LifecycleError::Refused { what: action.clone(), why: error.to_string() }),
-            };
-            self.audit_tenant(&action, tenant, &outcome)?;
-        }
-        result
+        let (doc, secrets) = match self.with_secret(tenant, name, value, change) {
+            Err(error) if !matches!(error, LifecycleError::NotFound { kind: "tenant", .. }) => {
+                let refused = Err(LifecycleError::Refused { what: action.clone(), why: error.to_string() });
+                self.audit_tenant(&action, tenant, &refused)?;
+                return Err(error);
+            }
+            other => other?,
+        };
+        self.audited(&action, tenant, || {
+            self.documents().write(&keys::secrets_doc(tenant), &secrets)?;
+            Ok(self.documents().write(&keys::tenant_doc(tenant), &doc)?)
+        })?;
+        Ok(doc.secrets_epoch)
     }
 
-    fn secret_write(&self, tenant: &TenantId, name: &SecretName, value: &[u8], change: SecretChange) -> Result<u64, LifecycleError> {
+    /// Returns the documents as they are with a secret set.
+    fn with_secret(
+        &self,
+        tenant: &TenantId,
+        name: &SecretName,
+        value: &[u8],
+        change: SecretChange,
+    ) -> Result<(TenantDoc, SecretsDoc), LifecycleError> {
         let mut doc = self.tenant(tenant)?;
-        let mut secrets = self.secrets(tenant)?;
+        let mut secrets = match change {
+            SecretChange::Set => self.secrets_doc(tenant)?.unwrap_or(NO_SECRETS),
+            SecretChange::Rotate => self.secrets(&doc)?,
+        };
         if change == SecretChange::Rotate && !secrets.secrets.contains_key(name) {
             let known = secrets.secrets.keys().map(ToString::to_string).collect();
             return Err(LifecycleError::NotFound { kind: "secret", name: format!("{name} of tenant {tenant}"), known });
@@ -91,29 +108,47 @@ impl Node {
         let refused = |why| LifecycleError::Refused { what: format!("seal secret {name} of {tenant}"), why };
         let sealed = self.seams.sealer.seal(tenant, name.as_str(), epoch, value).map_err(refused)?;
         secrets.secrets.insert(name.clone(), SealedSecret { epoch, len: value.len(), sealed: to_hex(&sealed) });
-        self.documents().write(&keys::secrets_doc(tenant), &secrets)?;
         doc.secrets_epoch = epoch;
-        self.documents().write(&keys::tenant_doc(tenant), &doc)?;
-        Ok(epoch)
+        Ok((doc, secrets))
     }
 
     /// Returns the names of a tenant's secrets.
-    pub fn secret_names(&self, tenant: &TenantId) -> Result<BTreeSet<SecretName>, LifecycleError> {
+    pub fn secret_names(&self, tenant: &TenantDoc) -> Result<BTreeSet<SecretName>, LifecycleError> {
         Ok(self.secrets(tenant)?.secrets.into_keys().collect())
     }
 
     /// Returns a tenant's secrets, sealed.
-    pub fn secrets(&self, tenant: &TenantId) -> Result<SecretsDoc, LifecycleError> {
-        let none = SecretsDoc { version: SecretsDoc::VERSION, secrets: BTreeMap::new() };
-        Ok(self.documents().read(&keys::secrets_doc(tenant))?.unwrap_or(none))
+    ///
+    /// # Errors
+    /// When secrets were set and their document is gone: a guest must not start without them.
+    pub fn secrets(&self, tenant: &TenantDoc) -> Result<SecretsDoc, LifecycleError> {
+        let id = &tenant.tenant_id;
+        match self.secrets_doc(id)? {
+            None if tenant.secrets_epoch > 0 => {
+                let path = self.documents().raw().place(&keys::secrets_doc(id));
+                let why = format!(
+                    "they were set {} times, and {path} is gone: restore it from a backup, or set every secret again (mvm tenant secrets \
+                     set {id} NAME < FILE)",
+                    tenant.secrets_epoch
+                );
+                Err(LifecycleError::Refused { what: format!("open the secrets of {id}"), why })
+            }
+            found => Ok(found.unwrap_or(NO_SECRETS)),
+        }
+    }
+
+    /// Reads `secrets.json`.
+    pub(super) fn secrets_doc(&self, tenant: &TenantId) -> Result<Option<SecretsDoc>, LifecycleError> {
+        Ok(self.documents().read(&keys::secrets_doc(tenant))?)
     }
 }
 
 /// Opens a tenant's secrets as the files of its secrets drive.
 pub fn unsealed(node: &Node, tenant: &TenantDoc) -> Result<Vec<DriveFile>, LifecycleError> {
+    let secrets = node.secrets(tenant)?.secrets;
     let tenant = &tenant.tenant_id;
     let mut files = Vec::new();
-    for (name, secret) in node.secrets(tenant)?.secrets {
+    for (name, secret) in secrets {
         let refused = |why| LifecycleError::Refused { what: format!("open secret {name} of {tenant}"), why };
         let sealed = from_hex(&secret.sealed).ok_or_else(|| refused("its document is damaged; set the secret again".to_owned()))?;
         let content: Zeroizing<Vec<u8>> = node.seams.sealer.unseal(tenant, name.as_str(), secret.epoch, &sealed).map_err(refused)?;

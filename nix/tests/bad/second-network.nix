@@ -1,0 +1,5 @@
+# role: worker
+# expect: mvm: role worker, profile minimal: networking.useDHCP or networking.useNetworkd is set
+{
+  networking.useDHCP = true;
+}
