@@ -13,6 +13,7 @@ use crate::agent::plan::{Action, Need, Plan, Step, Target};
 use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::instance::{StateName, StopMode, Verb};
 use crate::vm::node::Node;
+use crate::vm::pool::{BuildOptions, BuildWatch, Limits};
 use crate::vmm::Liveness;
 
 /// How a plan is carried out.
@@ -99,6 +100,10 @@ struct Board<'p> {
     outcomes: Vec<Option<Outcome>>,
     ready: std::collections::VecDeque<usize>,
     left: usize,
+    /// How many builds go on.
+    building: usize,
+    /// How many may.
+    most_building: usize,
 }
 
 /// Carries out a plan and returns what became of every step, in the plan's order.
@@ -117,13 +122,16 @@ pub fn execute(node: &Node, plan: &Plan, options: &ExecuteOptions<'_>) -> Vec<Ou
         outcomes: (0..count).map(|_| None).collect(),
         ready: plan.steps.iter().enumerate().filter(|(_, step)| step.after.is_empty()).map(|(index, _)| index).collect(),
         left: count,
+        building: 0,
+        // One is left for everything else.
+        most_building: options.parallel.saturating_sub(1).max(1),
     });
     let changed = Condvar::new();
     let runner = Runner { node, options, made: Mutex::default() };
     let work = || {
         let mut state = lock(&board);
         while state.left > 0 {
-            let Some(index) = state.ready.pop_front() else {
+            let Some(index) = state.next() else {
                 state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
@@ -162,6 +170,20 @@ fn lock<'a, 'p>(board: &'a Mutex<Board<'p>>) -> MutexGuard<'a, Board<'p>> {
 }
 
 impl Board<'_> {
+    /// Takes the next step that can begin: builds last, since they take their time and nobody waits for them but their own pools.
+    fn next(&mut self) -> Option<usize> {
+        let builds = |index: &usize| matches!(self.plan.steps[*index].action, Action::BuildImage { .. });
+        match self.ready.iter().position(|index| !builds(index)) {
+            Some(at) => self.ready.remove(at),
+            None if self.building < self.most_building => {
+                let index = self.ready.pop_front()?;
+                self.building += 1;
+                Some(index)
+            }
+            None => None,
+        }
+    }
+
     fn finish(&mut self, index: usize, outcome: Outcome, followers: &[(usize, Need)]) {
         let why = match &outcome.end {
             End::Done => None,
@@ -180,6 +202,7 @@ impl Board<'_> {
             }
         }
         self.outcomes[index] = Some(outcome);
+        self.building -= usize::from(matches!(self.plan.steps[index].action, Action::BuildImage { .. }));
         self.left -= 1;
     }
 }
@@ -189,6 +212,22 @@ struct Runner<'a> {
     options: &'a ExecuteOptions<'a>,
     /// The instances that the plan made, by pool and ordinal.
     made: Mutex<HashMap<(PoolAddress, u32), InstanceAddress>>,
+}
+
+/// Shows what a build says, and ends it when the pass is interrupted.
+struct StepWatch<'a> {
+    step: &'a Step,
+    options: &'a ExecuteOptions<'a>,
+}
+
+impl BuildWatch for StepWatch<'_> {
+    fn line(&self, line: &str) {
+        (self.options.progress)(Progress::Note { step: self.step, text: line });
+    }
+
+    fn cancelled(&self) -> bool {
+        self.options.cancel.load(Ordering::SeqCst)
+    }
 }
 
 impl Runner<'_> {
@@ -231,8 +270,8 @@ impl Runner<'_> {
             Action::CreatePool { pool, spec } => node.pool_create(&pool.tenant, spec.role, (**spec).clone()),
             Action::UpdatePool { pool, spec } => node.pool_update(pool, (**spec).clone()),
             Action::BuildImage { pool } => {
-                let note = |text: &str| (self.options.progress)(Progress::Note { step, text });
-                node.pool_build(pool, &note).map(|_| ())
+                let watch = StepWatch { step, options: self.options };
+                node.pool_build(pool, &BuildOptions { watch: &watch, limits: Limits::default() }).map(|_| ())
             }
             Action::Recover { at } => node.recover(at).map(|_| ()),
             Action::CreateInstances { pool, count } => {

@@ -10,8 +10,8 @@ use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::instance::{InstanceDoc, exposed, missing_secrets};
 use crate::vm::keys;
 use crate::vm::node::Node;
-use crate::vm::pool::PoolDoc;
 use crate::vm::pool::role::Roles;
+use crate::vm::pool::{BUILTIN, PoolDoc};
 use crate::vm::tenant::{Remains, TenantDoc};
 use crate::vmm::Liveness;
 
@@ -93,6 +93,8 @@ pub struct ObservedPool {
 pub enum ImagePresence {
     /// It is.
     Present,
+    /// It is, and the flake has changed since the pool's newest build.
+    Outdated,
     /// It is not, or was never built.
     Missing,
 }
@@ -159,6 +161,7 @@ impl Observed {
 /// When the state directory or the host cannot be read at all. One document that cannot be read is a problem, and the others go on.
 pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     let mut problems = Vec::new();
+    let mut flakes = Flakes::new();
     let mut tenants = BTreeMap::new();
     let mut orphans = BTreeMap::new();
     let mut unfinished = Vec::new();
@@ -166,7 +169,7 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     for id in node.tenant_dirs()? {
         match node.documents().read::<TenantDoc>(&keys::tenant_doc(&id)) {
             Ok(Some(doc)) => {
-                let tenant = observe_pools(node, doc, &mut problems, &mut unfinished)?;
+                let tenant = observe_pools(node, doc, &mut flakes, &mut problems, &mut unfinished)?;
                 tenants.insert(id, tenant);
                 continue;
             }
@@ -204,6 +207,9 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     })
 }
 
+/// What the sources of flakes are now: each is looked at once in a pass, however many pools share it.
+type Flakes = BTreeMap<String, Result<Option<String>, String>>;
+
 /// Reads the instances of what has no document of its own.
 fn adopt(
     problems: &mut Vec<String>,
@@ -217,6 +223,7 @@ fn adopt(
 fn observe_pools(
     node: &Node,
     tenant: TenantDoc,
+    flakes: &mut Flakes,
     problems: &mut Vec<String>,
     unfinished: &mut Vec<String>,
 ) -> Result<ObservedTenant, LifecycleError> {
@@ -240,7 +247,10 @@ fn observe_pools(
             }
         };
         let image = match &doc.revision {
-            Some(revision) if node.images().open(revision).is_ok() => ImagePresence::Present,
+            Some(revision) if node.images().open(revision).is_ok() => match is_outdated(node, &doc, flakes) {
+                true => ImagePresence::Outdated,
+                false => ImagePresence::Present,
+            },
             _ => ImagePresence::Missing,
         };
         let docs = node.all_pool_instances(&pool, problems, &mut cut_off)?;
@@ -254,6 +264,25 @@ fn observe_pools(
     }
     unfinished.extend(cut_off.iter().map(ToString::to_string));
     Ok(ObservedTenant { doc: tenant, pools, orphans })
+}
+
+/// Tells whether a pool's newest build is of something else than its flake is now. Its current revision may be an older one.
+fn is_outdated(node: &Node, doc: &PoolDoc, flakes: &mut Flakes) -> bool {
+    let spec = &doc.spec;
+    let Some(built) = &doc.built else { return spec.flake_ref != BUILTIN };
+    if !built.is_of(spec) {
+        return true;
+    }
+    if spec.flake_ref == BUILTIN {
+        return false;
+    }
+    match flakes.entry(spec.flake_ref.clone()).or_insert_with(|| node.images().fingerprint(&spec.flake_ref)) {
+        Ok(Some(now)) => built.fingerprint.as_ref() != Some(now),
+        // Only nix can tell, and `mvm pool build` asks it.
+        Ok(None) => false,
+        // The build says what is wrong.
+        Err(_) => true,
+    }
 }
 
 /// What the pool's instances are not started with, or not at all; secrets are only looked at where something needs one.

@@ -23,10 +23,10 @@ mod room;
 mod step;
 mod tenant;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use mvm_types::TenantId;
+use mvm_types::{ProfileName, Role, TenantId};
 
 pub use check::check_against;
 pub use step::{Action, Deferred, Edge, Need, Plan, Step, Target};
@@ -34,6 +34,8 @@ pub use step::{Action, Deferred, Edge, Need, Plan, Step, Target};
 use crate::agent::desired::DesiredState;
 use crate::agent::observe::Observed;
 use crate::infra::clock::Moment;
+use crate::infra::failure::Failure;
+use crate::vm::pool::{BUILTIN, PoolSpec};
 use room::NodeRoom;
 
 /// How a failure that waits for its next try is treated.
@@ -52,8 +54,17 @@ pub enum Retry {
 ///
 /// Assumes that `desired` has been validated and checked against `observed` ([`check_against`]).
 pub fn plan(desired: &DesiredState, observed: &Observed, now: &Moment, retry: Retry) -> Plan {
-    let mut planner =
-        Planner { observed, now, retry, room: NodeRoom::of(observed), plan: Plan::default(), adopted: Vec::new(), network: false };
+    let mut planner = Planner {
+        observed,
+        now,
+        retry,
+        room: NodeRoom::of(observed),
+        plan: Plan::default(),
+        adopted: Vec::new(),
+        network: false,
+        builds: BTreeMap::new(),
+        failed_builds: failed_builds(observed),
+    };
     for tenant in desired.tenants.iter().filter(|tenant| observed.orphans.contains_key(&tenant.tenant_id)) {
         planner.adopt(tenant);
     }
@@ -83,6 +94,38 @@ struct Planner<'a> {
     adopted: Vec<Edge>,
     /// Whether a step makes bridges and rules fit already.
     network: bool,
+    /// The last step that builds what several pools share.
+    builds: BTreeMap<SharedBuild, usize>,
+    /// The latest failures of what several pools share.
+    failed_builds: BTreeMap<SharedBuild, &'a Failure>,
+}
+
+/// What pools have in common that are made from the same image of a flake.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct SharedBuild {
+    flake_ref: String,
+    role: Role,
+    profile: ProfileName,
+}
+
+impl SharedBuild {
+    /// Nothing for the built-in image, which is there in no time.
+    fn of(spec: &PoolSpec) -> Option<SharedBuild> {
+        let shared = || SharedBuild { flake_ref: spec.flake_ref.clone(), role: spec.role, profile: spec.profile.clone() };
+        (spec.flake_ref != BUILTIN).then(shared)
+    }
+}
+
+fn failed_builds(observed: &Observed) -> BTreeMap<SharedBuild, &Failure> {
+    let mut failed: BTreeMap<SharedBuild, &Failure> = BTreeMap::new();
+    for pool in observed.tenants.values().flat_map(|tenant| tenant.pools.values()) {
+        let (Some(failure), Some(shared)) = (&pool.doc.failure, SharedBuild::of(&pool.doc.spec)) else { continue };
+        let later = failed.get(&shared).is_none_or(|known| known.next_try.wall_ms < failure.next_try.wall_ms);
+        if later {
+            failed.insert(shared, failure);
+        }
+    }
+    failed
 }
 
 impl Planner<'_> {

@@ -47,8 +47,12 @@ fn read(node: &Node, pool: &PoolSpec) -> Result<Option<RoleTraits>, (&'static st
             Err(("role", format!("{}, and the flake has no manifest that defines it", RoleError::unknown(pool.role))))
         }
         Ok(traits) => Ok(traits),
-        Err(ImageError::Manifest { source: source @ ManifestError::Unknown { kind: "role", .. }, .. }) => Err(("role", source.to_string())),
-        Err(ImageError::Manifest { source: source @ ManifestError::Unknown { .. }, .. }) => Err(("profile", source.to_string())),
+        Err(ImageError::Manifest { source, .. }) if matches!(*source, ManifestError::Unknown { kind: "role", .. }) => {
+            Err(("role", source.to_string()))
+        }
+        Err(ImageError::Manifest { source, .. }) if matches!(*source, ManifestError::Unknown { .. }) => {
+            Err(("profile", source.to_string()))
+        }
         Err(error) => Err(("flake_ref", with_causes(&error))),
     }
 }

@@ -343,6 +343,19 @@ pub fn span(given: &str) -> Result<std::time::Duration, String> {
         .ok_or_else(|| format!("{given:?} is more than a week"))
 }
 
+/// Parses an age: `90s`, `5m`, `1h`, `14d`.
+pub fn age(given: &str) -> Result<std::time::Duration, String> {
+    const MOST_DAYS: u64 = 36_500;
+    match given.strip_suffix('d') {
+        None => span(given),
+        Some(days) => match days.parse::<u64>() {
+            Ok(days) if days <= MOST_DAYS => Ok(std::time::Duration::from_secs(days * 86_400)),
+            Ok(_) => Err(format!("{given:?} is more than {MOST_DAYS} days")),
+            Err(_) => Err(format!("{given:?} is not an age; one looks like 12h or 14d")),
+        },
+    }
+}
+
 /// Where a secret's value comes from: never the argument list, which other users can see.
 #[derive(Debug, Args)]
 pub struct ValueArgs {
@@ -356,6 +369,16 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn ages_are_days_too() {
+        assert_eq!(age("14d"), Ok(Duration::from_secs(14 * 86_400)));
+        assert_eq!(age("0d"), Ok(Duration::ZERO));
+        assert_eq!(age("12h"), Ok(Duration::from_secs(12 * 3600)));
+        for bad in ["d", "-1d", "1.5d", "99999999999999999999d", "40000d", "2w"] {
+            assert!(age(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn exposed_ports_are_read_as_docker_has_them() {

@@ -2,11 +2,12 @@
 
 use super::CliResult;
 use super::exit::{CliError, Exit};
-use super::open::{AccelChoice, Globals, Intent, VmmChoice, find_qemu, open, qemu};
+use super::open::{AccelChoice, Globals, Intent, VmmChoice, WhichBuilder, find_qemu, open, qemu};
 use crate::agent::observe::observe;
 use crate::host::{Ability, Host, LocalHost};
 use crate::infra::display::{CheckRow, print_rows};
 use crate::vm::error::with_causes;
+use crate::vm::pool::BUILTIN;
 use crate::vmm::qemu::KvmVerdict;
 
 /// Looks at everything that microVMs need here.
@@ -83,6 +84,18 @@ pub fn run(globals: &Globals) -> CliResult {
     };
     check("cgroup v2", true, format!("{controllers}; mvm sets no limits with them yet: only its quotas bound CPU and memory"), "");
     let remedy = "restore the document from a backup, or apply the fleet again; without root they cannot be read";
+    let flakes = |observed: &crate::agent::observe::Observed| {
+        let mut pools = observed.tenants.values().flat_map(|tenant| tenant.pools.values());
+        pools.any(|pool| pool.doc.spec.flake_ref != BUILTIN)
+    };
+    if !simulated
+        && globals.builder != WhichBuilder::Vm
+        && opened.as_ref().is_ok_and(|opened| observe(&opened.node).is_ok_and(|observed| flakes(&observed)))
+    {
+        let found = crate::image::nix::find_nix();
+        let path = found.as_ref().map_or("not found, and pools have flakes".to_owned(), |path| path.display().to_string());
+        check("nix", found.is_some(), path, "apt-get install nix-bin");
+    }
     let problems = opened.and_then(|opened| {
         let observed = observe(&opened.node)?;
         let secrets = observed.tenants.values().filter_map(|tenant| opened.node.secrets(&tenant.doc).err());

@@ -86,7 +86,7 @@ pub fn run(globals: &Globals, command: InstanceCommand) -> CliResult {
     let node = &opened.node;
     match command {
         InstanceCommand::Create { pool, count } => {
-            node.pool_build(&pool, &|_| {})?;
+            super::revisions::build_first(node, &pool)?;
             let made = node.instances_create(&pool, count)?;
             node.apply_network()?;
             let names: Vec<String> = made.iter().map(ToString::to_string).collect();

@@ -14,6 +14,7 @@ pub mod open;
 mod pool;
 mod progress;
 mod reference;
+mod revisions;
 mod status;
 mod tenant;
 mod throwaway;

@@ -19,6 +19,18 @@ pub enum NodeCommand {
     Info,
     /// Show what the instances of this host use
     Stats,
+    /// Remove images that nothing uses and no pool got lately, and what killed builds left
+    #[command(
+        after_help = "Example:\n  mvm node gc --older-than 30d --dry-run\n\nWhat the current revision of a pool, an instance or a snapshot refers to stays, however old it is."
+    )]
+    Gc {
+        /// How long ago a pool must have got an image for the last time
+        #[arg(long, default_value = "14d", value_name = "AGE", value_parser = super::args::age)]
+        older_than: std::time::Duration,
+        /// Only show what would be removed
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 #[derive(Serialize)]
@@ -49,11 +61,17 @@ struct NodeStats {
 
 /// Carries out a verb.
 pub fn run(globals: &Globals, command: &NodeCommand) -> CliResult {
-    let opened = open(globals, Intent::Look)?;
+    let intent = if matches!(command, NodeCommand::Gc { .. }) { Intent::Change } else { Intent::Look };
+    let opened = open(globals, intent)?;
     match command {
         NodeCommand::Info => info(globals, &opened.node)?,
         NodeCommand::Stats => stats(globals, &opened.node)?,
+        NodeCommand::Gc { older_than, dry_run } => {
+            let collected = opened.node.node_collect(*older_than, super::revisions::collect(*dry_run))?;
+            super::revisions::show(globals, &collected)?;
+        }
     }
+    opened.close()?;
     Ok(Exit::Done)
 }
 

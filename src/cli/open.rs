@@ -16,7 +16,7 @@ use crate::infra::display::OutputFormat;
 use crate::infra::paths::{DEFAULT_STATE_DIR, Paths};
 use crate::store::{DocumentStore, Documents, FileStore};
 use crate::vm::node::{Node, NodeDoc, Seams, VmmUids};
-use crate::vm::pool::{BuiltinImages, SimulatedImages};
+use crate::vm::pool::{BuilderChoice, NodeImages, SimulatedImages};
 use crate::vm::tenant::NodeSealer;
 use crate::vmm::qemu::{AccelerationChoice, Qemu, QemuOptions};
 use crate::vmm::simulated::{Script, SimulatedVmm};
@@ -36,6 +36,9 @@ pub struct Globals {
     /// How QEMU executes guests; `auto` takes KVM where a guest boots with it, and software (TCG) elsewhere
     #[arg(long, global = true, env = "MVM_ACCEL", default_value = "auto", value_name = "ACCEL", help_heading = "Global options")]
     pub accel: AccelChoice,
+    /// Where flakes are built; `auto` takes this host while it has at most one tenant, and a microVM otherwise
+    #[arg(long, global = true, env = "MVM_BUILDER", default_value = "auto", value_name = "BUILDER", help_heading = "Global options")]
+    pub builder: WhichBuilder,
     /// A script of delays and failures for `--vmm simulated` (TOML)
     #[arg(long, global = true, env = "MVM_SIMULATION", value_name = "FILE", help_heading = "Global options")]
     pub simulation: Option<PathBuf>,
@@ -70,6 +73,27 @@ pub enum AccelChoice {
     Kvm,
     /// In software
     Tcg,
+}
+
+/// Where flakes are built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WhichBuilder {
+    /// This host while it has at most one tenant, else a microVM
+    Auto,
+    /// This host, with its own nix
+    Host,
+    /// A microVM that is thrown away
+    Vm,
+}
+
+impl From<WhichBuilder> for BuilderChoice {
+    fn from(which: WhichBuilder) -> Self {
+        match which {
+            WhichBuilder::Auto => BuilderChoice::Auto,
+            WhichBuilder::Host => BuilderChoice::Host,
+            WhichBuilder::Vm => BuilderChoice::Vm,
+        }
+    }
 }
 
 /// How listings are written.
@@ -226,7 +250,7 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
         host: Arc::new(LocalHost::new(paths.clone(), &id)),
         vmm: Arc::new(qemu),
         guests: Arc::new(SerialChannel),
-        images: Arc::new(BuiltinImages::new(paths.images())),
+        images: Arc::new(NodeImages::new(paths.images())),
         clock,
         random,
         sealer,
@@ -234,6 +258,7 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
     };
     let mut node = open(paths, seams)?;
     node.dns = name_servers();
+    node.builder = globals.builder.into();
     Ok(Opened { node, simulation: None, intent })
 }
 

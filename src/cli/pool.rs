@@ -9,16 +9,16 @@ use super::CliResult;
 use super::args::{SpecArgs, confirm, role, span};
 use super::exit::{CliError, Exit};
 use super::open::{Globals, Intent, open};
-use super::progress::ProgressLines;
+use super::revisions;
 use super::status::pool_row;
 use crate::agent::desired::{DesiredState, InvalidDocument, Problem, pool_problems};
 use crate::agent::observe::observe;
 use crate::agent::reconciler::declared;
-use crate::infra::display::{OutputFormat, PoolInfo, PoolRow, print_info, print_rows, to_json, write_out};
+use crate::infra::display::{PoolInfo, PoolRow, print_info, print_rows};
 use crate::vm::error::LifecycleError;
 use crate::vm::instance::{StateName, StopMode};
 use crate::vm::node::Node;
-use crate::vm::pool::PoolSpec;
+use crate::vm::pool::{Limits, PoolSpec};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -80,10 +80,76 @@ pub enum PoolCommand {
         timeout: Duration,
     },
     /// Build a pool's image, unless it is there
+    #[command(
+        after_help = "Example:\n  mvm pool build acme/web --timeout 1h\n\nThe log goes to standard error. A flake whose sources and lock are the same is not built again, nor evaluated. When a build fails, the pool keeps the image that it has. Instances get a new image with the next `mvm apply` or `mvm pool update`."
+    )]
     Build {
         /// Its address
         #[arg(value_name = "TENANT/POOL")]
         pool: PoolAddress,
+        /// How long the build may take
+        #[arg(long, default_value = "30m", value_parser = span)]
+        timeout: Duration,
+        /// How long the build may say nothing
+        #[arg(long, default_value = "5m", value_parser = span)]
+        silence_timeout: Duration,
+        /// How many processes the build may have at a time
+        #[arg(long, default_value_t = Limits::default().processes, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        max_processes: u32,
+        /// How much memory the build may use, in MiB
+        #[arg(long, default_value_t = Limits::default().mem_mib, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+        max_mem_mib: u32,
+        /// How large the image may be, in MiB
+        #[arg(long, default_value_t = Limits::default().disk_mib, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+        max_image_mib: u64,
+    },
+    /// List the images that a pool had, the newest first
+    #[command(after_help = "Example:\n  mvm pool revisions acme/web -o wide")]
+    Revisions {
+        /// Its address
+        #[arg(value_name = "TENANT/POOL")]
+        pool: PoolAddress,
+    },
+    /// Go back to an image that a pool had, and replace its instances
+    #[command(
+        after_help = "Examples:\n  mvm pool rollback acme/web                     to the one before\n  mvm pool rollback acme/web --revision 3f9a\n\nIt stays so until the pool's flake changes, or `mvm pool build`."
+    )]
+    Rollback {
+        /// Its address
+        #[arg(value_name = "TENANT/POOL")]
+        pool: PoolAddress,
+        /// The revision, or the beginning of its name; without it the one before
+        #[arg(long)]
+        revision: Option<String>,
+        /// How long to wait until its instances are replaced
+        #[arg(long, default_value = "5m", value_parser = span)]
+        timeout: Duration,
+    },
+    /// Show what differs between two images of a pool: files, and packages where nix built them
+    #[command(
+        after_help = "Examples:\n  mvm pool diff acme/web               the one before and the current one\n  mvm pool diff acme/web 3f9a 77b1"
+    )]
+    Diff {
+        /// Its address
+        #[arg(value_name = "TENANT/POOL")]
+        pool: PoolAddress,
+        /// The first revision, or the beginning of its name [default: the one before the current one]
+        from: Option<String>,
+        /// The second one [default: the current one]
+        to: Option<String>,
+    },
+    /// Remove a pool's older revisions, and images that no pool has any more; never what is in use
+    #[command(after_help = "Example:\n  mvm pool gc acme/web --keep 2 --dry-run")]
+    Gc {
+        /// Its address
+        #[arg(value_name = "TENANT/POOL")]
+        pool: PoolAddress,
+        /// How many of the newest stay
+        #[arg(long, default_value_t = 3, value_name = "N")]
+        keep: usize,
+        /// Only show what would be removed
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Remove a pool with its instances and their data
     Destroy {
@@ -98,7 +164,14 @@ pub enum PoolCommand {
 
 /// Carries out a verb.
 pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
-    let intent = if matches!(command, PoolCommand::List { .. } | PoolCommand::Info { .. }) { Intent::Look } else { Intent::Change };
+    let intent = if matches!(
+        command,
+        PoolCommand::List { .. } | PoolCommand::Info { .. } | PoolCommand::Revisions { .. } | PoolCommand::Diff { .. }
+    ) {
+        Intent::Look
+    } else {
+        Intent::Change
+    };
     let opened = open(globals, intent)?;
     let node = &opened.node;
     let exit = match command {
@@ -137,20 +210,32 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             counts.sleeping = sleeping.unwrap_or(counts.sleeping);
             Ok(())
         })?,
-        PoolCommand::Build { pool } => {
-            let lines = ProgressLines::new();
-            let bar = lines.spin("build image");
-            let revision = node.pool_build(&pool, &|text| {
-                if let Some(bar) = &bar {
-                    bar.set_message(format!("build image: {text}"));
-                }
-            })?;
-            drop(bar);
-            let info = serde_json::json!({ "pool": pool.to_string(), "revision": revision.to_string() });
-            match globals.format() {
-                OutputFormat::Json => write_out(&to_json(&info)?)?,
-                _ => write_out(&format!("{revision}\n"))?,
-            }
+        PoolCommand::Build { pool, timeout, silence_timeout, max_processes, max_mem_mib, max_image_mib } => {
+            let limits = Limits {
+                time: timeout,
+                silence: silence_timeout,
+                processes: max_processes,
+                mem_mib: max_mem_mib,
+                disk_mib: max_image_mib,
+                ..Limits::default()
+            };
+            revisions::build(globals, node, &pool, limits)?;
+            Exit::Done
+        }
+        PoolCommand::Revisions { pool } => {
+            revisions::list(globals, node, &pool)?;
+            Exit::Done
+        }
+        PoolCommand::Rollback { pool, revision, timeout } => {
+            revisions::roll_back(node, &pool, revision.as_deref())?;
+            change(globals, node, &pool, timeout, |_| Ok(()))?
+        }
+        PoolCommand::Diff { pool, from, to } => {
+            revisions::diff(globals, node, &pool, from.as_deref(), to.as_deref())?;
+            Exit::Done
+        }
+        PoolCommand::Gc { pool, keep, dry_run } => {
+            revisions::show(globals, &node.pool_collect(&pool, keep, revisions::collect(dry_run))?)?;
             Exit::Done
         }
         PoolCommand::Destroy { pool, yes } => {

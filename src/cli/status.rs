@@ -118,6 +118,7 @@ pub(super) fn pool_row(pool: &ObservedPool) -> PoolRow {
     let (running, warm, sleeping) = (count(StateName::Running), count(StateName::Warm), count(StateName::Sleeping));
     let problem = match (&pool.doc.failure, pool.image) {
         (Some(failure), _) => Some(format!("{}: {}", failure.step, failure.error)),
+        (None, ImagePresence::Outdated) => Some("its flake has changed; the next apply builds it".to_owned()),
         (None, ImagePresence::Missing) if pool.doc.revision.is_some() => Some("its image is missing or damaged".to_owned()),
         _ if !pool.not_enabled.is_empty() => Some(pool.not_enabled.join("; ")),
         _ => None,

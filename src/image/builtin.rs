@@ -75,6 +75,12 @@ pub fn ensure(images: &Path, agent: &Path, progress: Progress<'_>) -> Result<Ima
     Ok(Image { directory, manifest })
 }
 
+/// The revision of the image that [`ensure`] would return, where that can be told: it was made once, and the agent can be read.
+pub fn current(images: &Path, agent: &Path) -> Option<mvm_types::RevisionId> {
+    let agent = agent_binary::read(agent).ok()?;
+    Some(Parts::open(images)?.inputs(&agent).revision())
+}
+
 /// Forgets the kernel and busybox, so that the next [`ensure`] takes the distribution's newest. Images stay.
 ///
 /// # Errors

@@ -16,6 +16,7 @@ mod initramfs;
 pub mod kernel;
 mod manifest;
 mod modules;
+pub mod nix;
 mod package;
 mod rootfs;
 

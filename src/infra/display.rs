@@ -126,6 +126,103 @@ impl Row for TenantRow {
     }
 }
 
+/// `mvm pool revisions`.
+#[derive(Debug, Clone, Serialize)]
+#[allow(missing_docs)]
+pub struct RevisionRow {
+    pub revision: String,
+    pub current: bool,
+    pub instances: usize,
+    pub built: String,
+    pub size: u64,
+    pub took_ms: u64,
+    pub builder: Option<String>,
+    pub attribute: Option<String>,
+    pub locked: String,
+    pub store_path: Option<String>,
+    pub closure_hash: Option<String>,
+    pub files: std::collections::BTreeMap<String, String>,
+    pub usable: bool,
+}
+
+impl Row for RevisionRow {
+    const COLUMNS: &'static [(&'static str, Width)] = &[
+        ("REVISION", Width::Narrow),
+        ("CURRENT", Width::Narrow),
+        ("INSTANCES", Width::Narrow),
+        ("BUILT", Width::Narrow),
+        ("MIB", Width::Narrow),
+        ("ATTRIBUTE", Width::Narrow),
+        ("SECONDS", Width::Wide),
+        ("BUILDER", Width::Wide),
+        ("USABLE", Width::Wide),
+        ("FLAKE", Width::Wide),
+        ("STORE-PATH", Width::Wide),
+        ("CLOSURE", Width::Wide),
+        ("FILES", Width::Wide),
+    ];
+    fn cells(&self) -> Vec<String> {
+        let short = |hash: &str| hash.chars().take(16).collect::<String>();
+        vec![
+            self.revision.clone(),
+            if self.current { "yes" } else { "" }.to_owned(),
+            self.instances.to_string(),
+            self.built.clone(),
+            format!("{:.1}", self.size as f64 / f64::from(1 << 20)),
+            self.attribute.clone().unwrap_or_else(|| "-".to_owned()),
+            format!("{:.2}", self.took_ms as f64 / 1000.0),
+            self.builder.clone().unwrap_or_else(|| "-".to_owned()),
+            if self.usable { "yes" } else { "no" }.to_owned(),
+            self.locked.clone(),
+            self.store_path.clone().unwrap_or_else(|| "-".to_owned()),
+            self.closure_hash.as_deref().map_or_else(|| "-".to_owned(), short),
+            self.files.iter().map(|(name, hash)| format!("{name}={}", short(hash))).collect::<Vec<_>>().join(" "),
+        ]
+    }
+}
+
+/// `mvm pool diff`.
+#[derive(Debug, Clone, Serialize)]
+#[allow(missing_docs)]
+pub struct DifferenceRow {
+    pub what: String,
+    pub from: Option<String>,
+    pub to: Option<String>,
+}
+
+impl Row for DifferenceRow {
+    const COLUMNS: &'static [(&'static str, Width)] = &[("WHAT", Width::Narrow), ("FROM", Width::Narrow), ("TO", Width::Narrow)];
+    fn cells(&self) -> Vec<String> {
+        let shown = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
+        vec![self.what.clone(), shown(&self.from), shown(&self.to)]
+    }
+}
+
+/// `mvm pool gc` and `mvm node gc`.
+#[derive(Debug, Clone, Serialize)]
+#[allow(missing_docs)]
+pub struct CollectedRow {
+    pub kind: String,
+    pub name: String,
+    pub pool: Option<String>,
+    pub size: u64,
+    pub why: String,
+}
+
+impl Row for CollectedRow {
+    const COLUMNS: &'static [(&'static str, Width)] =
+        &[("REMOVED", Width::Narrow), ("NAME", Width::Narrow), ("POOL", Width::Narrow), ("MIB", Width::Narrow), ("WHY", Width::Wide)];
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.kind.clone(),
+            self.name.clone(),
+            self.pool.clone().unwrap_or_else(|| "-".to_owned()),
+            format!("{:.1}", self.size as f64 / f64::from(1 << 20)),
+            self.why.clone(),
+        ]
+    }
+}
+
 /// `mvm pool list` and the pools of `mvm status`.
 #[derive(Debug, Clone, Serialize)]
 #[allow(missing_docs)]

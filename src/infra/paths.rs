@@ -66,6 +66,11 @@ impl Paths {
         self.tenant(&pool.tenant).join("pools").join(pool.pool.as_str())
     }
 
+    /// The log of the pool's last build.
+    pub fn build_log(&self, pool: &PoolAddress) -> PathBuf {
+        self.pool(pool).join("build.log")
+    }
+
     /// `tenants/<t>/pools/<p>/instances/<i>/`.
     pub fn instance(&self, at: &InstanceAddress) -> PathBuf {
         self.pool(&at.pool_address()).join("instances").join(at.instance.as_str())

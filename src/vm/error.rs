@@ -122,6 +122,7 @@ impl LifecycleError {
             | LifecycleError::Snapshot(_)
             | LifecycleError::Guest(GuestError::Refused { .. })
             | LifecycleError::Document(DocumentError::Store(StoreError::Locked { .. })) => FailureKind::Refused,
+            LifecycleError::Image(ImageError::Flake { source, .. }) if source.is_timeout() => FailureKind::Timeout,
             LifecycleError::Vmm(VmmError::Timeout { .. })
             | LifecycleError::Guest(GuestError::Timeout { .. } | GuestError::NotReady { .. }) => FailureKind::Timeout,
             _ => FailureKind::Failed,
@@ -130,6 +131,9 @@ impl LifecycleError {
 
     /// Tells whether trying the same again can help without anybody changing anything.
     pub fn retry_can_help(&self) -> bool {
+        if let LifecycleError::Image(error) = self {
+            return error.retry_can_help();
+        }
         matches!(self.kind(), FailureKind::Failed | FailureKind::Timeout)
             || matches!(self, LifecycleError::Document(DocumentError::Store(StoreError::Locked { .. })) | LifecycleError::Quota(_))
             // The next plan boots the instance afresh.

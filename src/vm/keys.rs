@@ -1,6 +1,6 @@
 //! PURE: the keys of documents and locks.
 
-use mvm_types::{InstanceAddress, PoolAddress, TenantId};
+use mvm_types::{InstanceAddress, PoolAddress, RevisionId, TenantId};
 
 /// `node.json`.
 pub const NODE: &str = "node.json";
@@ -50,6 +50,19 @@ pub fn pool_dir(pool: &PoolAddress) -> String {
 /// A pool's document.
 pub fn pool_doc(pool: &PoolAddress) -> String {
     format!("{}/pool.json", pool_dir(pool))
+}
+
+/// The lock under which images are given to pools, and taken away.
+pub const IMAGES_LOCK: &str = "images";
+
+/// The directory of a pool's revisions.
+pub fn revisions_dir(pool: &PoolAddress) -> String {
+    format!("{}/revisions", pool_dir(pool))
+}
+
+/// The document of one of a pool's revisions.
+pub fn revision_doc(pool: &PoolAddress, revision: &RevisionId) -> String {
+    format!("{}/{revision}.json", revisions_dir(pool))
 }
 
 /// The directory of a pool's instances.

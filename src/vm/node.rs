@@ -11,7 +11,7 @@ use super::error::LifecycleError;
 use super::instance::InstanceDoc;
 use super::keys;
 use super::ledger::{Batch, Ledger};
-use super::pool::{ImageSource, PoolDoc};
+use super::pool::{BuilderChoice, ImageSource, PoolDoc};
 use super::tenant::TenantDoc;
 use super::usage::Usage;
 use crate::audit::Audit;
@@ -118,6 +118,8 @@ pub struct Node {
     pub dns: Vec<std::net::Ipv4Addr>,
     /// How long a guest may take from boot to ready.
     pub boot_timeout: Duration,
+    /// Where flakes are built.
+    pub builder: BuilderChoice,
     pub(crate) seams: Seams,
     ledgers: Mutex<HashMap<TenantId, Arc<Ledger>>>,
 }
@@ -129,13 +131,31 @@ impl Node {
             Some(doc) => doc.node_id,
             None => Self::ensure_id(&seams.documents, &*seams.random)?,
         };
-        Ok(Self { id, paths, uids, dns: Vec::new(), boot_timeout: Duration::from_secs(60), seams, ledgers: Mutex::default() })
+        Ok(Self {
+            id,
+            paths,
+            uids,
+            dns: Vec::new(),
+            boot_timeout: Duration::from_secs(60),
+            builder: BuilderChoice::Auto,
+            seams,
+            ledgers: Mutex::default(),
+        })
     }
 
     /// Opens the node for looking only: a state directory that is not there yet is not made.
     pub fn open_to_look(paths: Paths, seams: Seams, uids: VmmUids) -> Result<Self, LifecycleError> {
         let id = seams.documents.read::<NodeDoc>(keys::NODE)?.map_or_else(Self::unborn, |doc| doc.node_id);
-        Ok(Self { id, paths, uids, dns: Vec::new(), boot_timeout: Duration::from_secs(60), seams, ledgers: Mutex::default() })
+        Ok(Self {
+            id,
+            paths,
+            uids,
+            dns: Vec::new(),
+            boot_timeout: Duration::from_secs(60),
+            builder: BuilderChoice::Auto,
+            seams,
+            ledgers: Mutex::default(),
+        })
     }
 
     /// The id that a node is looked at under before it has one.

@@ -41,7 +41,7 @@ impl Node {
     /// # Errors
     /// When it cannot be made.
     pub fn throwaway_image(&self, progress: &dyn Fn(&str)) -> Result<Image, LifecycleError> {
-        let revision = self.images().ensure(&throwaway_pool(), progress)?;
+        let revision = self.images().ensure_builtin(progress)?;
         Ok(self.images().open(&revision)?)
     }
 

@@ -7,6 +7,7 @@ mod guest;
 mod image;
 mod isolation;
 mod network;
+mod nix;
 mod qemu;
 mod rig;
 mod roles;

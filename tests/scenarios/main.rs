@@ -1,5 +1,6 @@
 //! Whole fleets on the simulated monitor: no process, no root, no waiting.
 
+mod build;
 mod fleet;
 mod kill;
 mod order;

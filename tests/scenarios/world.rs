@@ -19,7 +19,7 @@ use mvm::infra::paths::Paths;
 use mvm::store::{DocumentStore, Documents, FileStore, MemoryStore, Wait};
 use mvm::vm::instance::{InstanceState, StateName};
 use mvm::vm::node::{Node, Sealer, Seams, VmmUids};
-use mvm::vm::pool::SimulatedImages;
+use mvm::vm::pool::{BuilderChoice, ImageSource, SimulatedImages};
 use mvm::vmm::simulated::{Rule, Script, SimulatedStep, SimulatedVmm};
 use mvm_types::TenantId;
 use tempfile::TempDir;
@@ -92,6 +92,7 @@ pub struct World {
     pub host: FakeHost,
     pub vmm: SimulatedVmm,
     pub clock: Arc<ManualClock>,
+    pub images: Arc<dyn ImageSource>,
     ids: Arc<AtomicU32>,
 }
 
@@ -122,6 +123,7 @@ impl World {
             host: FakeHost::recording(),
             vmm: SimulatedVmm::new(Script { rules: rules.to_vec() }),
             clock: Arc::new(ManualClock::new()),
+            images: Arc::new(SimulatedImages),
             ids: Arc::new(AtomicU32::new(1)),
         }
     }
@@ -136,7 +138,7 @@ impl World {
             host: Arc::new(self.host.next_process(switch.clone())),
             vmm: Arc::new(vmm.clone()),
             guests: Arc::new(vmm),
-            images: Arc::new(SimulatedImages),
+            images: self.images.clone(),
             clock: self.clock.clone(),
             random: Box::new(move |bytes| {
                 let n = ids.fetch_add(1, Ordering::SeqCst).to_be_bytes();
@@ -145,7 +147,9 @@ impl World {
             sealer: Arc::new(Open),
             audit: Audit::new(store, self.clock.clone(), "test".into()),
         };
-        Node::open(Paths::new(PathBuf::from("/nonexistent/mvm"), None), seams, VmmUids::PerInstance)
+        let mut node = Node::open(Paths::new(PathBuf::from("/nonexistent/mvm"), None), seams, VmmUids::PerInstance)?;
+        node.builder = BuilderChoice::Host;
+        Ok(node)
     }
 
     pub fn node(&self) -> Node {

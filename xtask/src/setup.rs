@@ -13,10 +13,19 @@ type Needs = [(&'static str, &'static str)];
 /// For running fleets.
 pub const FLEETS: [(&str, &str); 4] =
     [("qemu-system-x86_64", "qemu-system-x86"), ("nft", "nftables"), ("mke2fs", "e2fsprogs"), ("dpkg-deb", "dpkg")];
-/// For running every test: libFuzzer is C++, tests of the network make theirs with `ip`, and those of the Nix modules
+/// For running every test: libFuzzer is C++, tests of the network make theirs with `ip`, and those of flakes and Nix modules
 /// evaluate and build with Nix, and run what writes a gateway's rules.
-pub const TESTS: [(&str, &str); 8] =
-    [FLEETS[0], FLEETS[1], FLEETS[2], FLEETS[3], ("ip", "iproute2"), ("g++", "g++"), ("nix-instantiate", "nix-bin"), ("jq", "jq")];
+pub const TESTS: [(&str, &str); 9] = [
+    FLEETS[0],
+    FLEETS[1],
+    FLEETS[2],
+    FLEETS[3],
+    ("ip", "iproute2"),
+    ("g++", "g++"),
+    ("nix-instantiate", "nix-bin"),
+    ("git", "git"),
+    ("jq", "jq"),
+];
 /// For measuring: `strace` counts what a pass asks of the kernel.
 pub const BENCH: [(&str, &str); 6] = [FLEETS[0], FLEETS[1], FLEETS[2], FLEETS[3], ("strace", "strace"), ("unshare", "util-linux")];
 

@@ -8,11 +8,13 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use clap::Parser;
 use mvm::agent::desired::{DesiredState, Format, parse};
 use mvm::agent::execute::{ExecuteOptions, Progress};
 use mvm::agent::plan::Retry;
 use mvm::agent::reconciler;
-use mvm::cli::open::{AccelChoice, Globals, Intent, LogFormat, Opened, OutputChoice, VmmChoice, open};
+use mvm::cli::Cli;
+use mvm::cli::open::{Intent, Opened, open};
 use mvm::store::Wait;
 
 use crate::Selection;
@@ -151,16 +153,9 @@ impl Fleet {
 
     fn open(&self) -> Result<Opened, String> {
         let [state_dir, run_dir] = self.places();
-        let globals = Globals {
-            state_dir,
-            run_dir: Some(run_dir),
-            vmm: VmmChoice::Simulated,
-            accel: AccelChoice::Auto,
-            simulation: None,
-            output: OutputChoice::Table,
-            verbose: 0,
-            log_format: LogFormat::Text,
-        };
+        let words = ["mvm".as_ref(), "--vmm=simulated".as_ref(), "--state-dir".as_ref(), state_dir.as_os_str()];
+        let words = words.into_iter().chain(["--run-dir".as_ref(), run_dir.as_os_str(), "status".as_ref()]);
+        let globals = Cli::try_parse_from(words).map_err(|error| error.to_string())?.globals;
         open(&globals, Intent::Change).map_err(|error| error.text)
     }
 }

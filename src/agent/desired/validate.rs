@@ -6,7 +6,7 @@ use mvm_types::{PoolId, RoleError};
 
 use super::{DesiredState, DesiredTenant, Problem, SCHEMA_VERSION};
 use crate::vm::pool::role::Protocol;
-use crate::vm::pool::{BUILTIN, PoolSpec};
+use crate::vm::pool::{BUILTIN, PoolSpec, check_reference};
 use crate::vm::tenant::reserved;
 
 /// The port of the host's SSH: who exposes it locks himself out.
@@ -130,14 +130,8 @@ pub fn pool_problems(pool: &PoolSpec) -> Vec<(String, String)> {
         found.push(("role".into(), RoleError::unknown(pool.role).to_string()));
     }
     if pool.flake_ref != BUILTIN {
-        // It goes into an argument list, where an option must not be made of it; the attribute is chosen by role and profile.
-        let plain = !pool.flake_ref.is_empty() && pool.flake_ref.len() <= 1024 && !pool.flake_ref.starts_with('-');
-        if !plain || pool.flake_ref.contains(|c: char| c.is_control() || c.is_whitespace() || c == '#') {
-            let shown: String = pool.flake_ref.chars().take(80).collect();
-            found.push((
-                "flake_ref".into(),
-                format!("{shown:?} is no flake reference without an attribute; one looks like path:/srv/images"),
-            ));
+        if let Err(why) = check_reference(&pool.flake_ref) {
+            found.push(("flake_ref".into(), format!("{why}; {BUILTIN:?} needs no flake")));
         }
     } else if pool.profile.as_str() != "minimal" {
         found.push(("profile".into(), format!("{:?} is not in the built-in image; it has: minimal", pool.profile)));

@@ -7,7 +7,7 @@ use mvm_types::{PoolAddress, PoolId, TenantId};
 
 use super::assign::{Assignment, Chain, assign, destroy_verbs};
 use super::room::Ask;
-use super::{Action, Edge, Planner, Retry, Target, follows, needs};
+use super::{Action, Edge, Planner, Retry, SharedBuild, Target, follows, needs};
 use crate::agent::desired::DesiredTenant;
 use crate::agent::observe::{ImagePresence, ObservedInstance, ObservedPool, ObservedTenant};
 use crate::agent::order::{bring_up_order, waits_for, waits_on};
@@ -213,15 +213,15 @@ impl Planner<'_> {
             }
             Some(_) => {}
         }
-        let wants_image = spec.desired_counts.total() > 0;
-        if wants_image && observed.is_none_or(|observed| observed.image == ImagePresence::Missing) {
-            if let Some((why, wait)) = self.waits(observed.and_then(|observed| observed.doc.failure.as_ref())) {
-                self.defer(&pool, "build image", &why, Some(wait));
-                work.not_ready = Some(format!("pool {pool} has no image"));
-                work.held = Some("it has no image".to_owned());
-                return work;
+        if spec.desired_counts.total() > 0 {
+            match self.image(&pool, spec, observed, &ready) {
+                Ok(built) => ready.extend(built),
+                Err(why) => {
+                    work.not_ready = Some(format!("pool {pool} has no image"));
+                    work.held = Some(why);
+                    return work;
+                }
             }
-            ready = vec![needs(self.step(Action::BuildImage { pool: pool.clone() }, "the image is missing", ready))];
         }
         work.ready = ready;
         let Some(observed) = observed else {
@@ -274,6 +274,47 @@ impl Planner<'_> {
         let whole = self.observed;
         work.assignment = assign(spec.desired_counts, &observed.instances, outdated, |one| whole.lost_tap(one).is_some());
         work
+    }
+
+    /// Plans to build a pool's image where it is not what it should be, and returns what its instances wait for besides.
+    ///
+    /// # Errors
+    /// Why nothing can be done without the image.
+    fn image(
+        &mut self,
+        pool: &PoolAddress,
+        spec: &PoolSpec,
+        observed: Option<&ObservedPool>,
+        after: &[Edge],
+    ) -> Result<Option<Edge>, String> {
+        let declared = observed.is_some_and(|observed| observed.doc.built.as_ref().is_some_and(|built| !built.is_of(spec)));
+        let (why, missing) = match observed.map(|observed| observed.image) {
+            None | Some(ImagePresence::Missing) => ("the image is missing", true),
+            _ if declared => ("another image is declared", false),
+            Some(ImagePresence::Outdated) => ("the flake has changed", false),
+            Some(ImagePresence::Present) => return Ok(None),
+        };
+        let shared = SharedBuild::of(spec);
+        // What failed for one pool would fail for all that share it.
+        let failure = observed
+            .and_then(|observed| observed.doc.failure.as_ref().filter(|_| observed.doc.spec.flake_ref == spec.flake_ref))
+            .or_else(|| self.failed_builds.get(shared.as_ref()?).copied());
+        if let Some((why, wait)) = self.waits(failure) {
+            self.defer(pool, "build image", &why, Some(wait));
+            return if missing { Err("it has no image".to_owned()) } else { Ok(None) };
+        }
+        // Once for all that share it: the others find it built.
+        let first = shared.as_ref().and_then(|shared| self.builds.get(shared)).copied().map(needs);
+        let step = self.step(Action::BuildImage { pool: pool.clone() }, why, after.iter().copied().chain(first).collect());
+        if let Some(shared) = shared {
+            self.builds.insert(shared, step);
+        }
+        // The image that there is stays in service until the new one is built, and when it cannot be.
+        Ok(match (missing, declared) {
+            (true, _) => Some(needs(step)),
+            (false, true) => Some(follows(step)),
+            (false, false) => None,
+        })
     }
 
     /// Tells whether a failure still waits, with what to say.

@@ -348,6 +348,15 @@ impl Locked<'_> {
             why: format!("its pool has no image yet; `mvm pool build {}` builds it", self.at.pool_address()),
         })?;
         let image = self.node.images().open(&revision)?;
+        let mem_mib = self.doc.blueprint.resources.mem_mib;
+        if mem_mib < image.min_mem_mib {
+            let pool = self.at.pool_address();
+            let why = format!(
+                "its image {revision} needs at least {0} MiB of memory, and it has {mem_mib}; `mvm pool update {pool} --mem-mib {0}` gives it that",
+                image.min_mem_mib
+            );
+            return Err(LifecycleError::Refused { what: format!("start {}", self.at), why });
+        }
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
         self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;

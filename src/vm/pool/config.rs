@@ -6,6 +6,7 @@ use mvm_types::{PoolAddress, PoolId, ProfileName, RevisionId, Role, SecretName, 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::revision::LastBuild;
 use super::role::{Port, Protocol, RoleTraits};
 use crate::infra::clock::Moment;
 use crate::infra::failure::Failure;
@@ -255,6 +256,9 @@ pub struct PoolDoc {
     /// The image that instances are made from; none before the first build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<RevisionId>,
+    /// What its newest build was of; none before the first, and where an older mvm built it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub built: Option<LastBuild>,
     /// Counts changes of the declaration; config drives carry it.
     pub config_version: u64,
     /// When it was made.

@@ -2,15 +2,49 @@
 
 use std::time::{Duration, Instant};
 
-use mvm_types::{InstanceAddress, PoolAddress, RevisionId, Role, TenantId};
+use mvm_types::{InstanceAddress, PoolAddress, Role, TenantId};
 
-use super::config::{PoolDoc, PoolSpec};
+use super::build::BuildRequest;
+use super::config::{BUILTIN, PoolDoc, PoolSpec};
+use super::revision::{LastBuild, Origin, RevisionDoc};
 use crate::audit::Entry;
+use crate::image::nix::{BuildWatch, BuilderKind, FlakeBuilder, HostBuilder, Limits};
 use crate::infra::failure::Failure;
 use crate::store::Document;
 use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::keys;
 use crate::vm::node::Node;
+
+/// Where flakes are built.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum BuilderChoice {
+    /// On this host while it has at most one tenant, in a microVM otherwise.
+    #[default]
+    Auto,
+    /// On this host.
+    Host,
+    /// In a microVM.
+    Vm,
+}
+
+/// How a pool's image is built.
+pub struct BuildOptions<'a> {
+    /// Follows the build, and can end it.
+    pub watch: &'a dyn BuildWatch,
+    /// What the build may use.
+    pub limits: Limits,
+}
+
+/// Follows a build without a word, to its end.
+pub struct Quiet;
+
+impl BuildWatch for Quiet {
+    fn line(&self, _line: &str) {}
+
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
 
 impl Node {
     /// Writes down a pool of a role, which is fixed for the pool's life.
@@ -35,6 +69,7 @@ impl Node {
             tenant_id: tenant.clone(),
             spec: PoolSpec { role, ..spec },
             revision: None,
+            built: None,
             config_version: there.iter().map(|doc| doc.config_version).max().map_or(1, |last| last + 1),
             created: self.clock().now(),
             traits,
@@ -68,20 +103,27 @@ impl Node {
 
     /// Builds the pool's image, unless it is there, and makes it the one that instances are made from.
     ///
-    /// On failure the pool keeps the image that it has.
-    pub fn pool_build(&self, pool: &PoolAddress, progress: &dyn Fn(&str)) -> Result<RevisionId, LifecycleError> {
+    /// On failure, and when somebody ends the build, the pool keeps the image that it has.
+    pub fn pool_build(&self, pool: &PoolAddress, options: &BuildOptions<'_>) -> Result<Origin, LifecycleError> {
         let begun = Instant::now();
         let spec = self.pool(pool)?.spec;
         // Without the pool's lock: a build takes its time, and nothing else of the pool needs to wait for it.
-        let built = self.images().ensure(&spec, progress).map_err(LifecycleError::from);
+        let built = self.build(pool, &spec, options);
         let _guard = self.lock(&keys::pool_dir(pool))?;
         let mut doc = self.pool(pool)?;
         let before = doc.clone();
-        match &built {
-            Ok(revision) => {
-                doc.revision = Some(revision.clone());
-                doc.failure = None;
+        let built = match built {
+            // It was declared otherwise meanwhile, and the image of what it was is not wanted.
+            Ok(origin) if (&doc.spec.flake_ref, &doc.spec.profile) != (&origin.flake_ref, &origin.profile) => {
+                let why = "its declaration was changed while it was built".to_owned();
+                return Err(LifecycleError::Unready { what: format!("use the image built for {pool}"), why });
             }
+            Ok(origin) => self.give(pool, &mut doc, &origin).map(|()| origin),
+            Err(error) => Err(error),
+        };
+        match &built {
+            Ok(_) => {}
+            Err(LifecycleError::Image(error)) if error.is_interrupted() => {}
             Err(error) => {
                 let now = self.clock().now();
                 doc.failure = Some(Failure::again(doc.failure.as_ref(), "build image", with_causes(error), &now));
@@ -100,6 +142,56 @@ impl Node {
             written?;
         }
         built
+    }
+
+    fn build(&self, pool: &PoolAddress, spec: &PoolSpec, options: &BuildOptions<'_>) -> Result<Origin, LifecycleError> {
+        let builder = if spec.flake_ref == BUILTIN { Box::new(HostBuilder) } else { self.flake_builder()? };
+        let request = BuildRequest {
+            spec,
+            builder: &*builder,
+            limits: options.limits.clone(),
+            watch: options.watch,
+            log: (spec.flake_ref != BUILTIN).then(|| self.paths.build_log(pool)),
+        };
+        Ok(self.images().ensure(&request)?)
+    }
+
+    /// Gives a pool an image, with the document that says where it came from; the pool's own document is the caller's to write.
+    fn give(&self, pool: &PoolAddress, doc: &mut PoolDoc, origin: &Origin) -> Result<(), LifecycleError> {
+        // Nobody takes the image away before the documents refer to it.
+        let _images = self.lock(keys::IMAGES_LOCK)?;
+        self.images().open(&origin.revision)?;
+        let key = keys::revision_doc(pool, &origin.revision);
+        let last =
+            LastBuild { flake_ref: origin.flake_ref.clone(), profile: origin.profile.clone(), fingerprint: origin.fingerprint.clone() };
+        let known = self.documents().read::<RevisionDoc>(&key)?;
+        // Built again, it is the newest; found again, it is what it was.
+        if known.is_none_or(|known| known.origin != *origin || doc.revision.as_ref() != Some(&origin.revision)) {
+            let built = self.clock().now();
+            self.documents().write(&key, &RevisionDoc { version: RevisionDoc::VERSION, origin: origin.clone(), built })?;
+        }
+        doc.revision = Some(origin.revision.clone());
+        doc.traits.clone_from(&origin.traits);
+        doc.built = Some(last);
+        doc.failure = None;
+        Ok(())
+    }
+
+    /// Who builds flakes: as was chosen, or by how many tenants there are.
+    fn flake_builder(&self) -> Result<Box<dyn FlakeBuilder + '_>, LifecycleError> {
+        let kind = match self.builder {
+            BuilderChoice::Host => BuilderKind::Host,
+            BuilderChoice::Vm => BuilderKind::Vm,
+            BuilderChoice::Auto if self.tenants()?.len() <= 1 => BuilderKind::Host,
+            BuilderChoice::Auto => BuilderKind::Vm,
+        };
+        match kind {
+            BuilderKind::Host => Ok(Box::new(HostBuilder)),
+            BuilderKind::Vm => Err(LifecycleError::Refused {
+                what: "build a flake in a microVM".to_owned(),
+                why: "this mvm has no builder microVM; --builder host builds on this host, which has to trust the flake".to_owned(),
+            }),
+        }
     }
 
     /// Removes a pool that has no instances.
@@ -133,7 +225,7 @@ impl Node {
     }
 
     /// Does something to a pool, of which there is a record before it is done.
-    fn audited_pool(
+    pub(super) fn audited_pool(
         &self,
         action: &str,
         pool: &PoolAddress,

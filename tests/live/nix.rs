@@ -1,0 +1,431 @@
+//! Flakes built by the real nix, and what they can do wrong.
+//!
+//! They have no inputs, so that nothing is fetched. What they build with is this machine's shell.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::rig::{Ran, Rig, finish, on_a_host, signal, text};
+
+/// A pool that is built, and has no instances yet.
+fn pool(flake: &str, counts: &str) -> String {
+    format!(
+        r#"
+schema_version = 1
+[[tenants]]
+tenant_id = "acme"
+network = {{ tenant_net_id = 7, ipv4_subnet = "10.240.7.0/24" }}
+[[tenants.pools]]
+pool_id = "web"
+flake_ref = "{flake}"
+instance_resources = {{ vcpus = 1, mem_mib = 128, data_disk_mib = 16 }}
+desired_counts = {{ {counts} }}
+runtime_policy = {{ min_running_seconds = 0, min_warm_seconds = 0, drain_timeout_seconds = 5 }}
+"#
+    )
+}
+
+/// A flake in a directory of the test's.
+struct Flake {
+    dir: PathBuf,
+}
+
+/// Copies the image's files from the flake to the result.
+const COPY: &str =
+    "mkdir $out; for f in vmlinux initrd rootfs vmm.json; do if [ -e ${./image}/$f ]; then cp ${./image}/$f $out/$f; fi; done";
+
+impl Flake {
+    /// A flake with a small image, which passes for one and boots nothing.
+    fn small(rig: &Rig, name: &str) -> Flake {
+        let flake = Flake { dir: rig.path(name) };
+        fs::create_dir_all(flake.dir.join("image")).unwrap();
+        let mut kernel = vec![0; 4096];
+        kernel[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        kernel[0x12] = 62;
+        flake.file("image/vmlinux", &kernel);
+        flake.file("image/rootfs", b"hsqs, as far as anybody looks");
+        flake.file("image/vmm.json", br#"{"version":1,"root_format":"squashfs"}"#);
+        flake.builds("tenant-minimal", COPY);
+        flake
+    }
+
+    /// A flake with the kernel, initramfs and root file system of the built-in image.
+    fn bootable(rig: &Rig, name: &str) -> Flake {
+        let flake = Flake::small(rig, name);
+        let images = fs::read_dir(rig.state().join("images")).unwrap().map(|entry| entry.unwrap().path());
+        let builtin =
+            images.filter(|path| path.join("manifest.json").exists()).max_by_key(|path| fs::metadata(path).unwrap().modified().unwrap());
+        let builtin = builtin.expect("the rig has the built-in image");
+        for (from, to) in [("vmlinux", "vmlinux"), ("initrd", "initrd"), ("rootfs.ext4", "rootfs")] {
+            fs::copy(builtin.join(from), flake.dir.join("image").join(to)).unwrap();
+        }
+        flake.config("quiet");
+        flake
+    }
+
+    fn config(&self, marker: &str) {
+        let args = format!(r#"["quiet","cryptomgr.notests","{marker}"]"#);
+        let config = format!(r#"{{"version":1,"root_format":"ext4","kernel_args":{args},"min_mem_mib":96}}"#);
+        self.file("image/vmm.json", config.as_bytes());
+    }
+
+    fn file(&self, name: &str, content: &[u8]) {
+        fs::write(self.dir.join(name), content).unwrap();
+    }
+
+    /// Makes it a flake whose attribute is built by a shell script.
+    fn builds(&self, attribute: &str, script: &str) {
+        self.outputs(&format!("{attribute} = sh \"{attribute}\" ''export PATH=/usr/bin:/bin; {script}'';"));
+    }
+
+    fn outputs(&self, packages: &str) {
+        let nix = format!(
+            "{{ outputs = {{ self }}: let sh = name: script: derivation {{ inherit name; system = \"x86_64-linux\"; builder = \"/bin/sh\"; args = [ \"-c\" script ]; }}; in {{ packages.x86_64-linux = {{ {packages} }}; }}; }}"
+        );
+        self.file("flake.nix", nix.as_bytes());
+    }
+
+    fn manifest(&self) {
+        fs::create_dir_all(self.dir.join("nix")).unwrap();
+        self.file("nix/any.nix", b"{ }");
+        let toml = "[meta]\nversion = 1\n[profiles.minimal]\nmodule = \"nix/any.nix\"\n[roles.worker]\nmodule = \"nix/any.nix\"\n";
+        self.file("mvm-profiles.toml", toml.as_bytes());
+    }
+
+    fn reference(&self) -> String {
+        format!("path:{}", self.dir.display())
+    }
+}
+
+fn revision(rig: &Rig) -> Option<String> {
+    rig.json(&["pool", "info", "acme/web"])["revision"].as_str().map(str::to_owned)
+}
+
+fn build(rig: &Rig) -> Value {
+    rig.json(&["pool", "build", "acme/web"])
+}
+
+/// The processes whose command line has a word.
+fn processes(word: &str) -> Vec<i32> {
+    let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    let has = |pid: &i32| {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.split(|byte| *byte == 0).any(|arg| arg == word.as_bytes()))
+    };
+    pids.filter(has).collect()
+}
+
+fn leftovers(rig: &Rig) -> Vec<PathBuf> {
+    let builds = fs::read_dir(rig.state().join("images/.builds")).into_iter().flatten();
+    builds.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect()
+}
+
+#[test]
+fn a_flake_becomes_an_image_that_boots_is_replaced_and_comes_back() {
+    on_a_host(1, |rig| {
+        let flake = Flake::bootable(rig, "flake");
+        flake.config("mvm.first");
+        rig.apply(&pool(&flake.reference(), "running = 0"));
+        let built = build(rig);
+        assert_eq!(text(&built["attribute"]), "packages.x86_64-linux.tenant-minimal");
+        assert_eq!(text(&built["builder"]), "host");
+        assert!(text(&built["store_path"]).starts_with("/nix/store/"));
+        assert!(text(&built["locked"]).contains("narHash=sha256-"));
+        assert_eq!(built["closure"].as_array().unwrap().len(), 1);
+        let first = text(&built["revision"]);
+
+        let fleet = pool(&flake.reference(), "running = 1");
+        rig.apply(&fleet);
+        let at = rig.only();
+        assert!(rig.sh(&at, "cat /proc/cmdline").contains("mvm.first"));
+        let image = rig.state().join("images").join(&first);
+        assert!(image.join("vmm.json").exists() && !image.join("rootfs.ext4").exists());
+
+        // The flake gets a manifest and another image: a pass builds it, and replaces the instance.
+        flake.manifest();
+        flake.config("mvm.second");
+        flake.builds("tenant-worker-minimal", COPY);
+        assert!(rig.ok(&["plan", "-f", rig.path("fleet.toml").to_str().unwrap()]).contains("the flake has changed"));
+        rig.apply(&fleet);
+        assert_eq!(rig.only(), at);
+        assert!(rig.sh(&at, "cat /proc/cmdline").contains("mvm.second"));
+        let second = revision(rig).unwrap();
+        assert_ne!(first, second);
+        let revisions = rig.json(&["pool", "revisions", "acme/web"]);
+        assert_eq!(text(&revisions[0]["attribute"]), "packages.x86_64-linux.tenant-worker-minimal");
+        assert_eq!((&revisions[0]["current"], &revisions[1]["current"]), (&Value::Bool(true), &Value::Bool(false)));
+        let differences = rig.json(&["pool", "diff", "acme/web"]);
+        let what: Vec<String> = differences.as_array().unwrap().iter().map(|one| text(&one["what"])).collect();
+        assert!(what.contains(&"vmm.json".to_owned()) && what.contains(&"attribute".to_owned()), "{what:?}");
+        assert!(!what.contains(&"vmlinux".to_owned()), "{what:?}");
+
+        // A rollback replaces the instance, and no pass undoes it.
+        rig.ok(&["pool", "rollback", "acme/web"]);
+        assert!(rig.sh(&at, "cat /proc/cmdline").contains("mvm.first"));
+        let pid = rig.pid_of(&at);
+        rig.apply(&fleet);
+        assert_eq!((revision(rig).unwrap(), rig.pid_of(&at)), (first.clone(), pid));
+
+        // A build that fails leaves the machine and its image in service.
+        flake.builds("tenant-worker-minimal", "echo no such luck; exit 3");
+        let said = rig.fails(6, &["apply", "-f", rig.path("fleet.toml").to_str().unwrap()]);
+        assert!(
+            said.contains("the build of packages.x86_64-linux.tenant-worker-minimal failed") && said.contains("no such luck"),
+            "{said}"
+        );
+        assert_eq!((revision(rig).unwrap(), rig.pid_of(&at)), (first.clone(), pid));
+        assert!(text(&rig.json(&["pool", "list"])[0]["problem"]).contains("no such luck"));
+
+        // What is in use stays; what is not goes.
+        let removed = rig.json(&["pool", "gc", "acme/web", "--keep", "0", "--dry-run"]);
+        assert_eq!(removed.as_array().unwrap().len(), 2, "{removed}");
+        rig.ok(&["pool", "gc", "acme/web", "--keep", "0"]);
+        assert!(image.exists() && !rig.state().join("images").join(&second).exists());
+        assert_eq!(rig.json(&["pool", "revisions", "acme/web"]).as_array().unwrap().len(), 1);
+        rig.ok(&["node", "gc", "--older-than", "0"]);
+        assert!(image.exists());
+
+        // Asleep, a snapshot needs it too.
+        rig.ok(&["instance", "sleep", &at]);
+        rig.ok(&["node", "gc", "--older-than", "0"]);
+        rig.ok(&["instance", "wake", &at]);
+        rig.prune();
+        rig.ok(&["node", "gc", "--older-than", "0"]);
+        assert!(!image.exists());
+    });
+}
+
+#[test]
+fn a_pool_with_too_little_memory_for_its_image_is_refused_by_name() {
+    on_a_host(1, |rig| {
+        let flake = Flake::small(rig, "flake");
+        flake.file("image/vmm.json", br#"{"version":1,"root_format":"squashfs","min_mem_mib":512}"#);
+        let file = rig.file("fleet.toml", pool(&flake.reference(), "running = 1"));
+        let said = rig.fails(6, &["apply", "-f", &file]);
+        assert!(
+            said.contains("needs at least 512 MiB of memory, and it has 128; `mvm pool update acme/web --mem-mib 512` gives it that"),
+            "{said}"
+        );
+        assert_eq!(rig.machines(), Vec::<i32>::new());
+    });
+}
+
+#[test]
+fn an_unchanged_flake_is_not_looked_at_again_and_pools_share_a_build() {
+    on_a_host(0, |rig| {
+        let flake = Flake::small(rig, "flake");
+        let mut two = pool(&flake.reference(), "running = 0");
+        two.push_str(&format!("[[tenants.pools]]\npool_id = \"db\"\nflake_ref = \"{}\"\n", flake.reference()));
+        rig.apply(&two);
+        let built = build(rig);
+        // From here on there is a nix that only fails.
+        fs::create_dir(rig.path("bin")).unwrap();
+        for program in ["nix", "nix-store"] {
+            let file = rig.file(&format!("bin/{program}"), "#!/bin/sh\necho called >&2\nexit 1\n");
+            fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        let path = format!("{}:{}", rig.path("bin").display(), std::env::var("PATH").unwrap());
+        let without_nix = |args: &[&str]| -> Ran { finish(rig.mvm(args).env("PATH", &path).spawn().unwrap(), &format!("{args:?}")) };
+        for at in ["acme/web", "acme/db"] {
+            let ran = without_nix(&["pool", "build", at]);
+            assert!(ran.status.success() && !ran.err.contains("called"), "{ran:?}");
+            assert_eq!(ran.text().trim(), text(&built["revision"]));
+            eprintln!("an unchanged flake: {:?}", ran.took);
+        }
+        // Touched is not changed.
+        fs::write(flake.dir.join("flake.nix"), fs::read(flake.dir.join("flake.nix")).unwrap()).unwrap();
+        assert!(without_nix(&["pool", "build", "acme/web"]).status.success());
+        fs::write(flake.dir.join("another"), "file").unwrap();
+        let ran = without_nix(&["pool", "build", "acme/web"]);
+        assert!(ran.code() == 1 && ran.err.contains("called"), "{ran:?}");
+        // The same contents are the same image, whatever the sources are called.
+        assert_eq!(build(rig)["revision"], built["revision"]);
+    });
+}
+
+#[test]
+fn a_repository_and_a_directory_in_it_are_flakes() {
+    on_a_host(0, |rig| {
+        let flake = Flake::small(rig, "repository");
+        let git = |args: &[&str]| {
+            let all = [
+                &["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "safe.directory=*", "-C", flake.dir.to_str().unwrap()],
+                args,
+            ]
+            .concat();
+            crate::wire::run("git", &all)
+        };
+        git(&["init", "-q", "-b", "main"]);
+        git(&["add", "."]);
+        git(&["commit", "-q", "-m", "first"]);
+        let commit = git(&["rev-parse", "HEAD"]).trim().to_owned();
+        for reference in [
+            format!("git+file://{}", flake.dir.display()),
+            flake.dir.to_str().unwrap().to_owned(),
+            format!("git+file://{}?ref=main", flake.dir.display()),
+        ] {
+            rig.apply(&pool(&reference, "running = 0"));
+            let built = build(rig);
+            assert!(text(&built["locked"]).contains(&commit), "{built}");
+        }
+        // What git does not know of is not part of the flake.
+        flake.file("mvm-profiles.toml", b"not toml");
+        rig.apply(&pool(flake.dir.to_str().unwrap(), "running = 0"));
+        build(rig);
+        git(&["add", "."]);
+        assert!(rig.fails(1, &["pool", "build", "acme/web"]).contains("mvm-profiles.toml:1:"));
+    });
+}
+
+#[test]
+fn what_is_wrong_with_a_flake_is_said_and_the_last_good_image_stays() {
+    on_a_host(0, |rig| {
+        let flake = Flake::small(rig, "flake");
+        rig.apply(&pool(&flake.reference(), "running = 0"));
+        let good = text(&build(rig)["revision"]);
+        let refused = |expected: &str| {
+            let said = rig.fails(1, &["pool", "build", "acme/web"]);
+            assert!(said.contains(expected), "{said}\nand not: {expected}");
+            assert_eq!(revision(rig).as_deref(), Some(good.as_str()), "{expected}");
+            assert_eq!(leftovers(rig), Vec::<PathBuf>::new());
+        };
+        flake.outputs("default = sh \"d\" \"\"; tenant-python = sh \"p\" \"\";");
+        refused("has no packages.x86_64-linux.tenant-minimal; it has: default, tenant-python");
+        flake.file("flake.nix", b"{ outputs = { self }: { }; }");
+        refused("it has no packages for this system");
+        flake.outputs("tenant-minimal = throw \"not today\";");
+        refused("cannot be evaluated: error: not today");
+        flake.file("flake.nix", b"{ outputs = { self }: { packages.x86_64-linux = let x = ; in x; }; }");
+        refused("syntax error");
+        fs::remove_file(flake.dir.join("flake.nix")).unwrap();
+        refused("it has no flake.nix");
+        for (script, expected) in [
+            ("echo working; echo broken >&2; exit 1", "failed: "),
+            ("echo x > $out", "yields no image: its result is a file"),
+            ("mkdir $out; cp ${./image}/rootfs ${./image}/vmm.json $out", "yields no image: vmlinux is missing"),
+            ("mkdir $out; echo '#!/bin/sh' > $out/vmlinux", "vmlinux is not an ELF file"),
+            ("mkdir $out; cp ${./image}/* $out; ln -sf /etc/passwd $out/rootfs", "rootfs leads out of the Nix store, to /etc/passwd"),
+            ("mkdir $out; cp ${./image}/* $out; echo '{}' > $out/x; mv $out/x $out/vmm.json -f", "vmm.json missing field `version`"),
+        ] {
+            flake.builds("tenant-minimal", script);
+            refused(expected);
+        }
+        flake.builds("tenant-minimal", COPY);
+        flake.manifest();
+        refused("has no packages.x86_64-linux.tenant-worker-minimal; it has: tenant-minimal");
+        let manifest = |content: &[u8], expected: &str| {
+            flake.file("mvm-profiles.toml", content);
+            refused(expected);
+        };
+        let whole = fs::read_to_string(flake.dir.join("mvm-profiles.toml")).unwrap();
+        manifest(b"", "it has no version");
+        manifest(&[b'#'; 300_000], "bytes, and 262144 are allowed");
+        manifest(&whole.as_bytes()[..whole.len() - 3], "mvm-profiles.toml:6:");
+        manifest(whole.replace("version = 1", "version = 2").as_bytes(), "it has version 2, and this mvm reads version 1");
+        manifest(format!("{whole}colour = \"red\"\n").as_bytes(), "unknown field `colour`");
+        manifest(whole.replace("nix/any.nix", "/etc/passwd").as_bytes(), "module \"/etc/passwd\" is not a path inside the flake");
+        manifest(whole.replace("nix/any.nix", "../any.nix").as_bytes(), "module \"../any.nix\" is not a path inside the flake");
+        manifest(whole.replace("roles.worker", "roles.gateway").as_bytes(), "role \"worker\" is not in mvm-profiles.toml; it has: gateway");
+        manifest(
+            whole.replace("profiles.minimal", "profiles.python").as_bytes(),
+            "profile \"minimal\" is not in mvm-profiles.toml; it has: python",
+        );
+        flake.file("mvm-profiles.toml", whole.as_bytes());
+        fs::remove_file(flake.dir.join("nix/any.nix")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", flake.dir.join("nix/any.nix")).unwrap();
+        refused("mvm-profiles.toml: ");
+        // The log of the last build is there to be read.
+        let log = fs::read_to_string(rig.state().join("tenants/acme/pools/web/build.log")).unwrap();
+        assert!(log.contains("mvm: "), "{log}");
+        fs::remove_dir_all(&flake.dir).unwrap();
+        refused("is not a directory");
+        for (reference, expected) in
+            [("./flake", "is no flake reference"), ("path:/a/../b", "without `..`"), ("github:a/b#c", "names an attribute")]
+        {
+            let file = rig.file("bad.toml", pool(reference, "running = 0"));
+            let said = rig.fails(2, &["apply", "-f", &file]);
+            assert!(said.contains(expected), "{said}");
+        }
+    });
+}
+
+#[test]
+fn a_build_that_takes_too_much_is_ended_with_everything_it_started() {
+    on_a_host(0, |rig| {
+        let flake = Flake::small(rig, "flake");
+        rig.apply(&pool(&flake.reference(), "running = 0"));
+        let good = text(&build(rig)["revision"]);
+        let ended = |script: &str, word: &str, args: &[&str], code: i32, expected: &str| {
+            flake.builds("tenant-minimal", script);
+            let begun = Instant::now();
+            let said = rig.fails(code, &[&["pool", "build", "acme/web"], args].concat());
+            assert!(said.contains(expected), "{said}\nand not: {expected}");
+            assert_eq!(processes(word), Vec::<i32>::new(), "{expected}");
+            assert_eq!(revision(rig).as_deref(), Some(good.as_str()));
+            assert_eq!(leftovers(rig), Vec::<PathBuf>::new());
+            eprintln!("{expected}: {:?}", begun.elapsed());
+        };
+        ended(
+            "echo begun; setsid sleep 77701 & setsid sleep 77701",
+            "77701",
+            &["--silence-timeout", "2s"],
+            5,
+            "it said nothing for 2 s; its last words: \"begun\"",
+        );
+        ended("setsid sleep 77702 & while :; do echo on; sleep 0.1; done", "77702", &["--timeout", "3s"], 5, "was ended after 3 s");
+        ended(
+            "setsid sleep 77703 & while :; do echo yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy; done",
+            "77703",
+            &[],
+            1,
+            "its log is larger than 16777216 bytes",
+        );
+        // Nix itself waits for the end of a line that never ends.
+        ended("setsid sleep 77704 & tr '\\0' x < /dev/zero", "77704", &["--silence-timeout", "2s"], 5, "it said nothing for 2 s");
+        ended("while :; do setsid sleep 77705 & done", "77705", &["--max-processes", "150"], 1, "it had more than 150 processes at a time");
+        ended("setsid sleep 77706 & tail /dev/zero", "77706", &["--max-mem-mib", "300"], 1, "it used more than 300 MiB of memory");
+        flake.builds("tenant-minimal", "mkdir $out; cp ${./image}/* $out; truncate -s 3M $out/initrd");
+        assert!(rig.fails(1, &["pool", "build", "acme/web", "--max-image-mib", "2"]).contains("larger than the 2 MiB that it may have"));
+        assert_eq!(revision(rig).as_deref(), Some(good.as_str()));
+    });
+}
+
+#[test]
+fn an_interrupted_and_a_killed_build_leave_nothing_and_the_next_goes_on() {
+    on_a_host(0, |rig| {
+        let flake = Flake::small(rig, "flake");
+        rig.apply(&pool(&flake.reference(), "running = 0"));
+        let good = text(&build(rig)["revision"]);
+        for (how, word) in [(Signal::INT, "77711"), (Signal::KILL, "77712")] {
+            flake.builds("tenant-minimal", &format!("setsid sleep {word} & sleep {word}"));
+            let child = rig.mvm(&["pool", "build", "acme/web"]).spawn().unwrap();
+            rig.eventually("the build goes on", Duration::from_secs(60), || processes(word).len() == 2);
+            signal(i32::try_from(child.id()).unwrap(), how);
+            let ran = finish(child, "mvm pool build");
+            rig.eventually("everything is gone", Duration::from_secs(10), || processes(word).is_empty());
+            if how == Signal::INT {
+                assert_eq!(ran.code(), 130, "{ran:?}");
+                assert!(ran.err.contains("was interrupted"), "{ran:?}");
+            }
+            assert_eq!(revision(rig).as_deref(), Some(good.as_str()));
+            assert_eq!(leftovers(rig).len(), usize::from(how == Signal::KILL));
+        }
+        let swept = rig.json(&["node", "gc"]);
+        assert!(text(&swept[0]["name"]).starts_with("an unfinished build"), "{swept}");
+        assert_eq!(leftovers(rig), Vec::<PathBuf>::new());
+        let temporary = fs::read_dir(std::env::temp_dir()).unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let ours: Vec<String> = temporary.filter(|name| name.starts_with("mvm-nix-")).collect();
+        // Other tests build at the same time; what this one left is gone.
+        let has = |name: &String| {
+            fs::read_dir(Path::new(&std::env::temp_dir()).join(name))
+                .is_ok_and(|mut dir| dir.any(|entry| entry.is_ok_and(|entry| entry.file_name().to_string_lossy().contains("77712"))))
+        };
+        assert!(!ours.iter().any(has), "{ours:?}");
+        flake.file("image/initrd", b"another");
+        flake.builds("tenant-minimal", COPY);
+        assert_ne!(text(&build(rig)["revision"]), good);
+    });
+}

@@ -1,0 +1,372 @@
+//! Images from flakes: when they are built, for whom, and what stays in service meanwhile.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use mvm::agent::desired::DesiredState;
+use mvm::agent::observe::observe;
+use mvm::agent::plan::{Action, Retry};
+use mvm::agent::reconciler::{Applied, declared, look};
+use mvm::image::nix::{BuildError, FlakeImage};
+use mvm::vm::collect::Collect;
+use mvm::vm::pool::role::RoleTraits;
+use mvm::vm::pool::{
+    BuildOptions, BuildRequest, Image, ImageError, ImageSource, LastBuild, Limits, NodeImages, Origin, PoolDoc, PoolSpec, Quiet,
+    SimulatedImages, StoredImage,
+};
+use mvm_types::{PoolAddress, RevisionId};
+
+use crate::world::{World, toml};
+
+/// Flakes that change and fail when a test says so.
+#[derive(Default)]
+struct Flakes {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// What the sources of every flake are.
+    sources: String,
+    fails: Option<String>,
+    built: BTreeMap<String, Origin>,
+    /// How often something was really built, or tried to be.
+    builds: u32,
+    images: BTreeSet<RevisionId>,
+}
+
+impl Flakes {
+    fn change(&self, sources: &str) {
+        self.state.lock().unwrap().sources = sources.to_owned();
+    }
+
+    fn fail(&self, why: Option<&str>) {
+        self.state.lock().unwrap().fails = why.map(str::to_owned);
+    }
+
+    fn builds(&self) -> u32 {
+        std::mem::take(&mut self.state.lock().unwrap().builds)
+    }
+}
+
+impl ImageSource for Flakes {
+    fn ensure(&self, request: &BuildRequest<'_>) -> Result<Origin, ImageError> {
+        let spec = request.spec;
+        let mut state = self.state.lock().unwrap();
+        let key = format!("{} {}", spec.flake_ref, state.sources);
+        if let Some(origin) = state.built.get(&key).filter(|origin| state.images.contains(&origin.revision)) {
+            return Ok(origin.clone());
+        }
+        state.builds += 1;
+        if let Some(why) = &state.fails {
+            let source = BuildError::Failed { attribute: "a".into(), said: why.clone() }.into();
+            return Err(ImageError::Flake { flake_ref: spec.flake_ref.clone(), profile: spec.profile.to_string(), source });
+        }
+        let origin = Origin { fingerprint: Some(state.sources.clone()), ..SimulatedImages.ensure(request)? };
+        let hash = blake3::hash(key.as_bytes());
+        let origin = Origin { revision: RevisionId::from_hash(*hash.as_bytes().first_chunk().unwrap()), ..origin };
+        state.images.insert(origin.revision.clone());
+        state.built.insert(key, origin.clone());
+        Ok(origin)
+    }
+
+    fn ensure_builtin(&self, progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError> {
+        SimulatedImages.ensure_builtin(progress)
+    }
+
+    fn open(&self, revision: &RevisionId) -> Result<Image, ImageError> {
+        if !self.state.lock().unwrap().images.contains(revision) {
+            return Err(ImageError::Unusable { revision: revision.clone(), why: "it is not there".into() });
+        }
+        SimulatedImages.open(revision)
+    }
+
+    fn fingerprint(&self, _flake_ref: &str) -> Result<Option<String>, String> {
+        Ok(Some(self.state.lock().unwrap().sources.clone()))
+    }
+
+    fn role_traits(&self, spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError> {
+        SimulatedImages.role_traits(spec)
+    }
+
+    fn stored(&self) -> Result<Vec<StoredImage>, ImageError> {
+        let stored =
+            |revision: &RevisionId| StoredImage { revision: revision.clone(), size: 1, made: SystemTime::UNIX_EPOCH, pinned: false };
+        Ok(self.state.lock().unwrap().images.iter().map(stored).collect())
+    }
+
+    fn remove(&self, revision: &RevisionId) -> Result<(), ImageError> {
+        self.state.lock().unwrap().images.remove(revision);
+        Ok(())
+    }
+
+    fn sweep(&self) -> Result<Vec<String>, ImageError> {
+        Ok(Vec::new())
+    }
+}
+
+fn world() -> (World, Arc<Flakes>) {
+    let flakes = Arc::new(Flakes::default());
+    flakes.change("first");
+    let mut world = World::new();
+    world.images = flakes.clone();
+    (world, flakes)
+}
+
+/// Two pools of one flake in two tenants, and one of another.
+fn fleet(count: u32) -> DesiredState {
+    let tenant = |id: &str, net: u32, pools: &str| {
+        format!("[[tenants]]\ntenant_id = \"{id}\"\nnetwork = {{ tenant_net_id = {net}, ipv4_subnet = \"10.240.{net}.0/24\" }}\n{pools}")
+    };
+    let pool = |id: &str, flake: &str| {
+        format!(
+            "[[tenants.pools]]\npool_id = \"{id}\"\nflake_ref = \"path:/flakes/{flake}\"\ndesired_counts = {{ running = {count} }}\nruntime_policy = {{ min_running_seconds = 0 }}\n"
+        )
+    };
+    let acme = tenant("acme", 7, &format!("{}{}", pool("web", "shared"), pool("solo", "own")));
+    toml(&format!("schema_version = 1\n{acme}{}", tenant("beta", 8, &pool("web", "shared"))))
+}
+
+fn revision(world: &World, pool: &str) -> Option<RevisionId> {
+    let pool: PoolAddress = pool.parse().unwrap();
+    world.node().pool(&pool).unwrap().revision
+}
+
+/// The images that a pool's instances are of.
+fn images_of(world: &World, pool: &str) -> Vec<RevisionId> {
+    let pool: PoolAddress = pool.parse().unwrap();
+    let docs = world.node().pool_instances(&pool, &mut Vec::new()).unwrap();
+    docs.into_iter().filter_map(|doc| doc.revision).collect()
+}
+
+#[test]
+fn a_shared_flake_is_built_once_and_again_when_it_changes() {
+    let (world, flakes) = world();
+    world.ready(&fleet(2));
+    assert_eq!(flakes.builds(), 2, "one for each flake");
+    let first = revision(&world, "acme/web").unwrap();
+    assert_eq!(revision(&world, "beta/web").as_ref(), Some(&first));
+    assert!(world.pass(&fleet(2)).plan.is_settled());
+    flakes.change("second");
+    let plan = world.plan(&fleet(2));
+    let whys: Vec<&str> =
+        plan.steps.iter().filter(|step| matches!(step.action, Action::BuildImage { .. })).map(|step| step.why.as_str()).collect();
+    assert_eq!(whys, ["the flake has changed"; 3]);
+    world.ready(&fleet(2));
+    assert_eq!(flakes.builds(), 2);
+    let second = revision(&world, "acme/web").unwrap();
+    assert_ne!(first, second);
+    assert_eq!(images_of(&world, "beta/web"), [second.clone(), second]);
+}
+
+#[test]
+fn a_build_that_fails_leaves_the_old_image_in_service_and_is_not_tried_for_everybody() {
+    let (world, flakes) = world();
+    world.ready(&fleet(1));
+    let first = revision(&world, "acme/web").unwrap();
+    flakes.builds();
+    flakes.change("broken");
+    flakes.fail(Some("no such luck"));
+    let report = world.pass(&fleet(1));
+    assert_eq!(report.failed().count(), 2, "one for each flake");
+    assert_eq!(flakes.builds(), 2);
+    for pool in ["acme/web", "beta/web"] {
+        assert_eq!(revision(&world, pool).as_ref(), Some(&first));
+        assert_eq!(world.states(pool), [1, 0, 0]);
+    }
+    // Until the next try, everything else of the pools goes on: more instances of the image that there is.
+    let report = world.pass(&fleet(2));
+    assert_eq!((report.failed().count(), flakes.builds()), (0, 0));
+    assert_eq!(report.plan.deferred.iter().filter(|one| one.what == "build image" && one.why.contains("no such luck")).count(), 3);
+    assert_eq!(images_of(&world, "beta/web"), [first.clone(), first.clone()]);
+    assert!(matches!(world.apply(&fleet(2)).unwrap(), Applied::Partly { .. }));
+    flakes.fail(None);
+    world.advance(600);
+    world.ready(&fleet(2));
+    assert!(!images_of(&world, "beta/web").contains(&first));
+}
+
+#[test]
+fn a_first_build_that_fails_holds_only_those_that_need_it() {
+    let (world, flakes) = world();
+    flakes.fail(Some("never"));
+    let mut desired = fleet(1);
+    desired.tenants[0].pools[1].flake_ref = "builtin".into();
+    flakes.change("any");
+    let report = world.pass(&desired);
+    assert!(report.failed().count() >= 1);
+    assert_eq!(world.states("acme/web"), [0, 0, 0]);
+    assert_eq!(world.states("beta/web"), [0, 0, 0]);
+    flakes.fail(None);
+    world.advance(600);
+    world.ready(&desired);
+}
+
+#[test]
+fn a_rollback_is_not_undone_by_a_pass_and_is_by_a_changed_flake() {
+    let (world, flakes) = world();
+    world.ready(&fleet(1));
+    let first = revision(&world, "acme/web").unwrap();
+    world.advance(10);
+    flakes.change("second");
+    world.ready(&fleet(1));
+    let second = revision(&world, "acme/web").unwrap();
+    let pool: PoolAddress = "acme/web".parse().unwrap();
+    let node = world.node();
+    let before = node.pool_revision_before(&pool).unwrap();
+    assert_eq!(before.origin.revision, first);
+    node.pool_rollback(&pool, &first).unwrap();
+    world.ready(&fleet(1));
+    assert_eq!((revision(&world, "acme/web"), images_of(&world, "acme/web")), (Some(first.clone()), vec![first.clone()]));
+    assert!(node.pool_revision_before(&pool).unwrap_err().to_string().contains("no revision before the current one"));
+    assert_eq!(node.pool_revision(&pool, &second.as_str()[..6]).unwrap().origin.revision, second);
+    assert!(node.pool_revision(&pool, "zz").unwrap_err().to_string().contains(second.as_str()), "it lists those that there are");
+    flakes.change("third");
+    world.ready(&fleet(1));
+    let third = revision(&world, "acme/web").unwrap();
+    assert!(third != first && third != second);
+}
+
+#[test]
+fn a_changed_declaration_is_built_before_its_instances_come_up() {
+    let (world, flakes) = world();
+    world.ready(&fleet(1));
+    let mut desired = fleet(2);
+    desired.tenants[0].pools[0].flake_ref = "path:/flakes/other".into();
+    flakes.builds();
+    world.ready(&desired);
+    assert_eq!(flakes.builds(), 1);
+    let other = revision(&world, "acme/web").unwrap();
+    assert_eq!(images_of(&world, "acme/web"), [other.clone(), other]);
+}
+
+#[test]
+fn what_is_in_use_is_never_collected() {
+    let (world, flakes) = world();
+    world.ready(&fleet(1));
+    for sources in ["second", "third", "fourth"] {
+        world.advance(10);
+        flakes.change(sources);
+        world.ready(&fleet(1));
+    }
+    let node = world.node();
+    let pool: PoolAddress = "acme/web".parse().unwrap();
+    let count = || flakes.state.lock().unwrap().images.len();
+    assert_eq!(count(), 8);
+    let told = node.pool_collect(&pool, 2, Collect::Tell).unwrap();
+    assert_eq!((told.len(), count()), (2, 8), "{told:?}");
+    // The other tenant's pool still has the images.
+    assert_eq!(node.pool_collect(&pool, 2, Collect::Remove).unwrap().len(), 2);
+    assert_eq!((count(), node.pool_revisions(&pool, &mut Vec::new()).unwrap().len()), (8, 2));
+    assert_eq!(node.node_collect(Duration::from_secs(86_400), Collect::Remove).unwrap(), Vec::new());
+    world.advance(2 * 86_400);
+    node.node_collect(Duration::from_secs(86_400), Collect::Remove).unwrap();
+    assert_eq!(count(), 2, "what runs");
+    assert!(world.pass(&fleet(1)).plan.is_settled());
+    // What cannot be read may refer to anything.
+    let at = world.node().pool_instances(&pool, &mut Vec::new()).unwrap()[0].at();
+    world.store.raw().write(&format!("tenants/acme/pools/web/instances/{}/instance.json", at.instance), b"torn").unwrap();
+    let refused = node.node_collect(Duration::ZERO, Collect::Remove).unwrap_err().to_string();
+    assert!(refused.contains("what is in use is not known"), "{refused}");
+    assert_eq!(count(), 2);
+}
+
+#[test]
+fn an_interrupted_build_is_no_failure_of_the_pool() {
+    struct Interrupted;
+    impl ImageSource for Interrupted {
+        fn ensure(&self, request: &BuildRequest<'_>) -> Result<Origin, ImageError> {
+            let source = BuildError::Interrupted { attribute: "a".into() }.into();
+            Err(ImageError::Flake { flake_ref: request.spec.flake_ref.clone(), profile: "minimal".into(), source })
+        }
+        fn ensure_builtin(&self, progress: &dyn Fn(&str)) -> Result<RevisionId, ImageError> {
+            SimulatedImages.ensure_builtin(progress)
+        }
+        fn open(&self, revision: &RevisionId) -> Result<Image, ImageError> {
+            SimulatedImages.open(revision)
+        }
+        fn fingerprint(&self, flake_ref: &str) -> Result<Option<String>, String> {
+            SimulatedImages.fingerprint(flake_ref)
+        }
+        fn role_traits(&self, spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError> {
+            SimulatedImages.role_traits(spec)
+        }
+        fn stored(&self) -> Result<Vec<StoredImage>, ImageError> {
+            SimulatedImages.stored()
+        }
+        fn remove(&self, revision: &RevisionId) -> Result<(), ImageError> {
+            SimulatedImages.remove(revision)
+        }
+        fn sweep(&self) -> Result<Vec<String>, ImageError> {
+            SimulatedImages.sweep()
+        }
+    }
+    let mut world = World::new();
+    world.images = Arc::new(Interrupted);
+    world.ready(&fleet(0));
+    let pool: PoolAddress = "acme/web".parse().unwrap();
+    let options = BuildOptions { watch: &Quiet, limits: Limits::default() };
+    assert!(world.node().pool_build(&pool, &options).is_err());
+    assert_eq!(world.node().pool(&pool).unwrap().failure, None);
+}
+
+/// A thousand pools of one flake with a manifest, against a thousand of the built-in image.
+#[test]
+fn a_pass_over_a_thousand_pools_with_manifests_is_no_slower_than_without() {
+    const POOLS: usize = 1000;
+    let dir = tempfile::tempdir().unwrap();
+    let flake = dir.path().join("flake");
+    fs::create_dir_all(flake.join("nix")).unwrap();
+    let manifest = "[meta]\nversion = 1\n[profiles.minimal]\nmodule = \"nix/a.nix\"\n[roles.worker]\nmodule = \"nix/a.nix\"\n";
+    fs::write(flake.join("mvm-profiles.toml"), manifest).unwrap();
+    for name in 0..30 {
+        fs::write(flake.join(format!("nix/{name}.nix")), "{ }").unwrap();
+    }
+    let images_dir = dir.path().join("images");
+    let delivered = images_dir.join("delivered");
+    fs::create_dir_all(&delivered).unwrap();
+    let mut kernel = vec![0; 4096];
+    kernel[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    kernel[0x12] = 62;
+    fs::write(delivered.join("vmlinux"), kernel).unwrap();
+    fs::write(delivered.join("rootfs"), "hsqs").unwrap();
+    fs::write(delivered.join("vmm.json"), r#"{"version":1,"root_format":"squashfs"}"#).unwrap();
+    let image = FlakeImage::adopt(&delivered, &images_dir, "a").unwrap();
+    let images: Arc<dyn ImageSource> = Arc::new(NodeImages::new(images_dir));
+    let reference = format!("path:{}", flake.display());
+    let fingerprint = images.fingerprint(&reference).unwrap();
+
+    let fleet = |flake_ref: &str, built: Option<LastBuild>| {
+        let mut world = World::new();
+        world.images = images.clone();
+        let pools = (0..POOLS).map(|n| format!("[[tenants.pools]]\npool_id = \"p{n}\"\nflake_ref = \"{flake_ref}\"\n")).collect::<String>();
+        let network = "network = { tenant_net_id = 7, ipv4_subnet = \"10.240.7.0/24\" }";
+        world.ready(&toml(&format!("schema_version = 1\n[[tenants]]\ntenant_id = \"acme\"\n{network}\n{pools}")));
+        let node = world.node();
+        for n in 0..POOLS {
+            let key = format!("tenants/acme/pools/p{n}/pool.json");
+            let doc: PoolDoc = node.documents().read(&key).unwrap().unwrap();
+            let doc = PoolDoc { revision: Some(image.manifest.revision.clone()), built: built.clone(), ..doc };
+            node.documents().write(&key, &doc).unwrap();
+        }
+        world
+    };
+    let quickest = |world: &World| {
+        let node = world.node();
+        let desired = declared(&observe(&node).unwrap());
+        let pass = || {
+            let begun = Instant::now();
+            let (_, plan) = look(&node, &desired, Retry::WhenDue).unwrap();
+            assert!(plan.is_settled(), "{plan:?}");
+            begun.elapsed()
+        };
+        (0..10).map(|_| pass()).min().unwrap()
+    };
+    let without = quickest(&fleet("builtin", None));
+    let profile = "minimal".parse().unwrap();
+    let with = quickest(&fleet(&reference, Some(LastBuild { flake_ref: reference.clone(), profile, fingerprint })));
+    eprintln!("a pass over {POOLS} pools: {without:?} without flakes, {with:?} with one");
+    assert!(with < without * 2 + Duration::from_millis(20), "{without:?} without, {with:?} with");
+}
