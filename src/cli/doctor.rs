@@ -100,8 +100,14 @@ pub fn run(globals: &Globals) -> CliResult {
         let (ok, found) = builder_image(&globals.paths().images());
         check("builder image", ok, found, "apt-get, dpkg-deb and tar are needed once, or --builder host");
     }
-    match opened.and_then(|opened| Ok(observe(&opened.node)?)) {
-        Ok(observed) => observed.problems.into_iter().for_each(|problem| check("documents", false, problem, remedy)),
+    let problems = opened.and_then(|opened| {
+        let observed = observe(&opened.node)?;
+        let secrets = observed.tenants.values().filter_map(|tenant| opened.node.secrets(&tenant.doc).err());
+        let secrets: Vec<String> = secrets.map(|error| with_causes(&error)).collect();
+        Ok([observed.problems, secrets].concat())
+    });
+    match problems {
+        Ok(problems) => problems.into_iter().for_each(|problem| check("documents", false, problem, remedy)),
         Err(error) => check("documents", false, error.text, remedy),
     }
     print_rows(&checks, globals.format())?;
