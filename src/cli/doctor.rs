@@ -2,7 +2,7 @@
 
 use super::CliResult;
 use super::exit::{CliError, Exit};
-use super::open::{AccelChoice, Globals, Intent, VmmChoice, WhichBuilder, find_qemu, open, qemu};
+use super::open::{AccelChoice, Globals, Intent, VmmChoice, WhichBuilder, find_program, find_qemu, open, qemu};
 use crate::agent::observe::observe;
 use crate::host::{Ability, Host, LocalHost};
 use crate::infra::display::{CheckRow, print_rows};
@@ -96,6 +96,10 @@ pub fn run(globals: &Globals) -> CliResult {
         let path = found.as_ref().map_or("not found, and pools have flakes".to_owned(), |path| path.display().to_string());
         check("nix", found.is_some(), path, "apt-get install nix-bin");
     }
+    if !simulated && globals.builder != WhichBuilder::Host {
+        let (ok, found) = builder_image(&globals.paths().images());
+        check("builder image", ok, found, "apt-get, dpkg-deb and tar are needed once, or --builder host");
+    }
     let problems = opened.and_then(|opened| {
         let observed = observe(&opened.node)?;
         let secrets = observed.tenants.values().filter_map(|tenant| opened.node.secrets(&tenant.doc).err());
@@ -112,6 +116,19 @@ pub fn run(globals: &Globals) -> CliResult {
         return Ok(Exit::Done);
     }
     Err(CliError::new(Exit::Failed, format!("{wrong} of {} checks found something wrong", checks.len())))
+}
+
+/// What builder microVMs are made of, or can be.
+fn builder_image(images: &std::path::Path) -> (bool, String) {
+    if let Some(root) = crate::image::builder::existing(images) {
+        let nix = root.packages.iter().find(|package| package.starts_with("nix-bin_"));
+        return (true, nix.map_or_else(|| format!("{} packages", root.packages.len()), Clone::clone));
+    }
+    let missing: Vec<&str> = ["apt-get", "apt-cache", "dpkg-deb", "tar"].into_iter().filter(|name| find_program(name).is_none()).collect();
+    match missing.is_empty() {
+        true => (true, "made of packages when a flake is built in a microVM for the first time".into()),
+        false => (false, format!("cannot be made: there is no {}", missing.join(", "))),
+    }
 }
 
 /// What guests run in: whether it is good, and what it is.

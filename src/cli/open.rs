@@ -15,6 +15,7 @@ use crate::infra::clock::SystemClock;
 use crate::infra::display::OutputFormat;
 use crate::infra::paths::{DEFAULT_STATE_DIR, Paths};
 use crate::store::{DocumentStore, Documents, FileStore};
+use crate::vm::builder::EgressChoice;
 use crate::vm::node::{Node, NodeDoc, Seams, VmmUids};
 use crate::vm::pool::{BuilderChoice, NodeImages, SimulatedImages};
 use crate::vm::tenant::NodeSealer;
@@ -39,6 +40,10 @@ pub struct Globals {
     /// Where flakes are built; `auto` takes this host while it has at most one tenant, and a microVM otherwise
     #[arg(long, global = true, env = "MVM_BUILDER", default_value = "auto", value_name = "BUILDER", help_heading = "Global options")]
     pub builder: WhichBuilder,
+    /// What a microVM reaches that builds a flake: nothing, which is enough for a flake without inputs, or what lies outside of the
+    /// host and of all tenants
+    #[arg(long, global = true, env = "MVM_BUILDER_EGRESS", default_value = "none", value_name = "EGRESS", help_heading = "Global options")]
+    pub builder_egress: WhichEgress,
     /// A script of delays and failures for `--vmm simulated` (TOML)
     #[arg(long, global = true, env = "MVM_SIMULATION", value_name = "FILE", help_heading = "Global options")]
     pub simulation: Option<PathBuf>,
@@ -84,6 +89,24 @@ pub enum WhichBuilder {
     Host,
     /// A microVM that is thrown away
     Vm,
+}
+
+/// What a microVM reaches that builds a flake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WhichEgress {
+    /// Nothing
+    None,
+    /// What lies outside of the host and of all tenants, through the network of the pool's tenant
+    Internet,
+}
+
+impl From<WhichEgress> for EgressChoice {
+    fn from(which: WhichEgress) -> Self {
+        match which {
+            WhichEgress::None => EgressChoice::None,
+            WhichEgress::Internet => EgressChoice::Internet,
+        }
+    }
 }
 
 impl From<WhichBuilder> for BuilderChoice {
@@ -259,6 +282,7 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
     let mut node = open(paths, seams)?;
     node.dns = name_servers();
     node.builder = globals.builder.into();
+    node.builder_egress = globals.builder_egress.into();
     Ok(Opened { node, simulation: None, intent })
 }
 
@@ -311,7 +335,7 @@ fn check_simulation(paths: &Paths, simulated: bool, intent: Intent) -> Result<()
 }
 
 /// Finds a program in `PATH`, and where Debian keeps those of root.
-fn find_program(name: &str) -> Option<PathBuf> {
+pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into(), "/usr/bin".into()]);
     dirs.map(|dir| dir.join(name)).find(|file| file.is_file())

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Ability, DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, NetworkCheck, ObservedNetwork};
 use crate::infra::kill_switch::KillSwitch;
-use crate::net::{InstanceNetwork, Ruleset, TenantNetwork, parse_tap_name};
+use crate::net::{BuilderNetwork, InstanceNetwork, Ruleset, TenantNetwork, parse_tap_name};
 
 /// What the simulated host holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -218,6 +218,18 @@ impl Host for FakeHost {
                 }
                 state.taps.insert(network.tap());
                 Ok(())
+            },
+        )?;
+        null()
+    }
+
+    fn create_builder_tap(&self, network: &BuilderNetwork, _uid: Option<u32>) -> Result<OwnedFd, HostError> {
+        self.effect(
+            || format!("create_builder_tap {}", network.tap()),
+            |state| match (state.bridges.contains(&network.tenant.bridge()), &state.ruleset) {
+                (true, Some(_)) => Ok(()),
+                (true, None) => Err("no rules are loaded".into()),
+                (false, _) => Err(format!("there is no bridge {}", network.tenant.bridge())),
             },
         )?;
         null()

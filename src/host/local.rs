@@ -15,7 +15,7 @@ use mvm_types::{InstanceAddress, InstanceId, NodeId};
 
 use super::{DriveFile, DriveLabel, Host, HostError, HostExpectations, HostFacts, MAX_LOG, NetworkCheck, ObservedNetwork, verify};
 use crate::infra::paths::Paths;
-use crate::net::{BRIDGE_PREFIX, InstanceNetwork, Ruleset, TenantNetId, TenantNetwork, bridge_mac};
+use crate::net::{BRIDGE_PREFIX, BuilderNetwork, InstanceNetwork, Mac, Ruleset, TenantNetId, TenantNetwork, bridge_mac};
 
 const DATA_DISK: &str = "data.img";
 /// The largest packet on a tenant's network, in bytes; what a guest's interface has when it is told nothing.
@@ -73,6 +73,19 @@ impl LocalHost {
         })
     }
 
+    fn make_tap(&self, name: &str, tenant: &TenantNetwork, mac: Mac, owner: Option<u32>) -> Result<OwnedFd, HostError> {
+        if !nft::was_loaded(&self.run()?)? {
+            return Err(HostError::Failed {
+                what: format!("cannot make TAP {name}"),
+                why:
+                    "no packet filter rules have been loaded since the host booted, and a guest without them could spoof and reach anything"
+                        .into(),
+            });
+        }
+        let spec = TapSpec { name, bridge: &tenant.bridge(), guest_mac: mac.0, owner, alias: &self.alias };
+        Ok(tap::create_tap(&*self.netlink()?, &spec)?)
+    }
+
     fn instance_dir(&self, at: &InstanceAddress) -> Result<Option<Dir>, HostError> {
         Ok(self.state()?.try_dir(self.below_state(&self.paths.instance(at))?)?)
     }
@@ -100,17 +113,11 @@ impl Host for LocalHost {
     }
 
     fn create_tap(&self, network: &InstanceNetwork, uid: Option<u32>) -> Result<OwnedFd, HostError> {
-        if !nft::was_loaded(&self.run()?)? {
-            return Err(HostError::Failed {
-                what: format!("cannot make TAP {}", network.tap()),
-                why:
-                    "no packet filter rules have been loaded since the host booted, and a guest without them could spoof and reach anything"
-                        .into(),
-            });
-        }
-        let (name, bridge) = (network.tap(), network.tenant.bridge());
-        let spec = TapSpec { name: &name, bridge: &bridge, guest_mac: network.mac().0, owner: uid, alias: &self.alias };
-        Ok(tap::create_tap(&*self.netlink()?, &spec)?)
+        self.make_tap(&network.tap(), &network.tenant, network.mac(), uid)
+    }
+
+    fn create_builder_tap(&self, network: &BuilderNetwork, uid: Option<u32>) -> Result<OwnedFd, HostError> {
+        self.make_tap(&network.tap(), &network.tenant, network.mac(), uid)
     }
 
     fn apply_ruleset(&self, ruleset: &Ruleset) -> Result<(), HostError> {
@@ -148,7 +155,12 @@ impl Host for LocalHost {
         let ours = || links.iter().filter(|link| link.alias.as_ref() == Some(&self.alias));
         let bridges = ours().filter(|link| link.is_bridge && link.up).map(|link| link.name.clone()).collect();
         let taps = ours().filter(|link| !link.is_bridge).map(|link| link.name.clone()).collect();
-        let loose = ours().filter(|link| !link.is_bridge && link.master.is_none()).map(|link| link.name.clone()).collect();
+        // A builder's TAP is not made a port again: its build ends before long, and is then repeated.
+        let is_instances = |name: &str| crate::net::parse_tap_name(name).is_some();
+        let loose = ours()
+            .filter(|link| !link.is_bridge && link.master.is_none() && is_instances(&link.name))
+            .map(|link| link.name.clone())
+            .collect();
         let ruleset = match self.try_run()? {
             Some(run) => nft::loaded(&run)?,
             None => None,

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use mvm_types::{InstanceAddress, InstanceId};
 use zeroize::Zeroizing;
 
-use crate::net::{InstanceNetwork, Ruleset, TenantNetwork};
+use crate::net::{BuilderNetwork, InstanceNetwork, Ruleset, TenantNetwork};
 
 /// The label of a drive, by which the guest finds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,6 +99,12 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// When no rules have been loaded since the host booted.
     fn create_tap(&self, network: &InstanceNetwork, uid: Option<u32>) -> Result<OwnedFd, HostError>;
+
+    /// Makes the TAP of the microVM that builds for a tenant, as [`Host::create_tap`] does.
+    ///
+    /// # Errors
+    /// As [`Host::create_tap`], and when another build for the tenant still holds it.
+    fn create_builder_tap(&self, network: &BuilderNetwork, uid: Option<u32>) -> Result<OwnedFd, HostError>;
 
     /// Loads the packet filter rules in one transaction, unless they are loaded already.
     ///

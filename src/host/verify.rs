@@ -51,6 +51,7 @@ pub(super) fn verify(host: &LocalHost, ruleset: &Ruleset) -> Result<Vec<NetworkC
             let fault = wrong.then(|| format!("it has {}; {REPAIR}", if found.is_empty() { "none".into() } else { found.join(", ") }));
             check(format!("bridge {name} has the address {}/{}", tenant.subnet.gateway(), tenant.subnet.prefix()), fault);
         }
+        listed.insert(tenant.builder().tap(), name.clone());
         listed.extend(instances.iter().map(|instance| (instance.tap(), name.clone())));
     }
     for link in links.values() {

@@ -4,6 +4,7 @@
 //!  <images>/.lock          one maker at a time
 //!  <images>/parts/         vmlinux, modules, busybox and parts.json: what was taken from packages
 //!  <images>/<revision>/    vmlinux, initrd, rootfs.ext4, manifest.json: immutable
+//!  <images>/builder/       the root file system of builder microVMs, see [`super::builder`]
 //!  <images>/.new-*         being made; removed by the next maker
 //! ```
 
@@ -81,17 +82,25 @@ pub fn current(images: &Path, agent: &Path) -> Option<mvm_types::RevisionId> {
     Some(Parts::open(images)?.inputs(&agent).revision())
 }
 
-/// Forgets the kernel and busybox, so that the next [`ensure`] takes the distribution's newest. Images stay.
+/// Forgets the kernel, busybox and what builders consist of, so that the next [`ensure`] takes the distribution's newest. Images
+/// stay.
 ///
 /// # Errors
 /// When they cannot be removed.
 pub fn refresh(images: &Path) -> Result<(), ImageError> {
     let _lock = lock(images)?;
-    let parts = images.join(PARTS);
-    match fs::remove_dir_all(&parts) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(ImageError::at(&parts)(error)),
-        _ => Ok(()),
+    for parts in [PARTS, super::builder::DIRECTORY].map(|name| images.join(name)) {
+        match fs::remove_dir_all(&parts) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(ImageError::at(&parts)(error)),
+            _ => {}
+        }
     }
+    Ok(())
+}
+
+/// The busybox of the parts that were taken, which an image was made of before.
+pub(super) fn busybox(images: &Path) -> PathBuf {
+    images.join(PARTS).join("busybox")
 }
 
 /// The image of this agent and the parts that are there; nothing when it is not there or damaged.
@@ -106,7 +115,7 @@ fn existing(images: &Path, agent: &[u8]) -> Result<Option<Image>, ImageError> {
 }
 
 /// Waits until no other process makes images here.
-fn lock(images: &Path) -> Result<File, ImageError> {
+pub(super) fn lock(images: &Path) -> Result<File, ImageError> {
     let path = images.join(".lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(ImageError::at(&path))?;
     file.lock().map_err(ImageError::at(&path))?;
@@ -114,7 +123,7 @@ fn lock(images: &Path) -> Result<File, ImageError> {
 }
 
 /// Removes what a killed maker left. Only under the lock.
-fn sweep(images: &Path) -> Result<(), ImageError> {
+pub(super) fn sweep(images: &Path) -> Result<(), ImageError> {
     for entry in fs::read_dir(images).map_err(ImageError::at(images))? {
         let entry = entry.map_err(ImageError::at(images))?;
         if entry.file_name().as_encoded_bytes().starts_with(b".new-") {
@@ -125,12 +134,12 @@ fn sweep(images: &Path) -> Result<(), ImageError> {
 }
 
 /// A directory being made; removed unless it takes its place.
-struct NewDirectory {
-    path: PathBuf,
+pub(super) struct NewDirectory {
+    pub(super) path: PathBuf,
 }
 
 impl NewDirectory {
-    fn make(images: &Path) -> Result<NewDirectory, ImageError> {
+    pub(super) fn make(images: &Path) -> Result<NewDirectory, ImageError> {
         let made = tempfile::Builder::new().prefix(".new-").tempdir_in(images).map_err(ImageError::at(images))?;
         let new = NewDirectory { path: made.keep() };
         // Guests run as users of their own; what an image holds is no secret.
@@ -139,7 +148,7 @@ impl NewDirectory {
     }
 
     /// Puts it in its place, durably. What is there already, damaged, goes.
-    fn replace(self, place: &Path) -> Result<(), ImageError> {
+    pub(super) fn replace(self, place: &Path) -> Result<(), ImageError> {
         for entry in fs::read_dir(&self.path).map_err(ImageError::at(&self.path))? {
             let path = entry.map_err(ImageError::at(&self.path))?.path();
             File::open(&path).and_then(|file| file.sync_all()).map_err(ImageError::at(&path))?;

@@ -41,6 +41,12 @@ pub enum ImageError {
         /// What was looked for.
         wanted: Vec<String>,
     },
+    /// A package that nothing can stand in for is unknown to apt.
+    #[error("apt does not know the package {wanted}; run apt-get update")]
+    NoPackage {
+        /// Its name.
+        wanted: &'static str,
+    },
     /// The kernel has a form that is not understood.
     #[error("the kernel {} cannot be used: {why}", path.display())]
     Kernel {
@@ -70,6 +76,16 @@ pub enum ImageError {
         path: PathBuf,
         /// What is wrong with it.
         why: String,
+    },
+    /// A tree does not fit on a drive.
+    #[error("{} has {mib} MiB, and may have {most_mib} MiB", tree.display())]
+    TooLarge {
+        /// The tree.
+        tree: PathBuf,
+        /// What it takes.
+        mib: u64,
+        /// What it may take.
+        most_mib: u64,
     },
     /// The image is not what its manifest says.
     #[error("the image {} is damaged: {why}; remove the directory, and it is made again", directory.display())]

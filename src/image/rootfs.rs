@@ -62,7 +62,21 @@ pub fn build(busybox: &Path, tree: &Path, image: &Path) -> Result<(), ImageError
     make_file_system(tree, image)
 }
 
-fn lay_out(busybox: &Path, tree: &Path) -> Result<(), ImageError> {
+/// Makes a read-only file system of a tree, as a drive for a guest, in a file that is there; refuses one that takes more than
+/// `most` bytes.
+///
+/// # Errors
+/// When the tree is larger, cannot be read, or `mke2fs` fails.
+pub fn make_drive(tree: &Path, label: &str, file: &Path, most: u64) -> Result<(), ImageError> {
+    let (blocks, inodes) = measure(tree)?;
+    if blocks.saturating_mul(BLOCK) > most {
+        return Err(ImageError::TooLarge { tree: tree.to_owned(), mib: blocks.saturating_mul(BLOCK) >> 20, most_mib: most >> 20 });
+    }
+    run_mke2fs(tree, label, file, blocks, inodes)
+}
+
+/// Lays out busybox and the places of what is mounted.
+pub(super) fn lay_out(busybox: &Path, tree: &Path) -> Result<(), ImageError> {
     for directory in DIRECTORIES {
         let path = tree.join(directory);
         fs::create_dir_all(&path).map_err(ImageError::at(&path))?;
@@ -97,8 +111,13 @@ fn is_applet(applet: &str) -> bool {
         && ["bin", "sbin", "usr/bin", "usr/sbin"].contains(&applet.rsplit_once('/').map_or("", |(directory, _)| directory))
 }
 
-fn make_file_system(tree: &Path, image: &Path) -> Result<(), ImageError> {
+/// Makes a root file system of a tree.
+pub(super) fn make_file_system(tree: &Path, image: &Path) -> Result<(), ImageError> {
     let (blocks, inodes) = measure(tree)?;
+    run_mke2fs(tree, LABEL, image, blocks, inodes)
+}
+
+fn run_mke2fs(tree: &Path, label: &str, image: &Path, blocks: u64, inodes: u64) -> Result<(), ImageError> {
     // 256 bytes an inode; the rest is for the superblock, bitmaps and directories' second blocks.
     let blocks = blocks + inodes * 256 / BLOCK + 64 + blocks / 64;
     let mut command = Command::new("mke2fs");
@@ -106,7 +125,7 @@ fn make_file_system(tree: &Path, image: &Path) -> Result<(), ImageError> {
         .args(["-q", "-F", "-t", "ext4", "-b", &BLOCK.to_string(), "-m", "0", "-I", "256"])
         // Read-only for ever: nothing to journal, nothing to grow.
         .args(["-O", "^has_journal,^resize_inode,^orphan_file"])
-        .args(["-N", &(inodes + 16).to_string(), "-L", LABEL, "-U", UUID])
+        .args(["-N", &(inodes + 16).to_string(), "-L", label, "-U", UUID])
         .args(["-E", &format!("hash_seed={UUID},root_owner=0:0,lazy_itable_init=0")])
         .arg("-d")
         .args([tree, image])

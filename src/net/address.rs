@@ -128,7 +128,7 @@ pub struct Subnet {
     prefix: u8,
 }
 
-/// Addresses before the first instance: the network's own, the gateway, and one kept free.
+/// Addresses before the first instance: the network's own, the gateway, and the builder's.
 const FIRST_INSTANCE: u32 = 3;
 
 impl Subnet {
@@ -165,12 +165,17 @@ impl Subnet {
         Ipv4Addr::from_bits(self.network + 1)
     }
 
+    /// Returns the address of the microVM that builds for the tenant: the second usable one.
+    pub fn builder(self) -> Ipv4Addr {
+        Ipv4Addr::from_bits(self.network + 2)
+    }
+
     /// Returns the broadcast address.
     pub fn broadcast(self) -> Ipv4Addr {
         Ipv4Addr::from_bits(self.network | !mask(self.prefix))
     }
 
-    /// Returns how many instances have an address: all addresses but network, gateway, the free one and broadcast.
+    /// Returns how many instances have an address: all addresses but network, gateway, builder and broadcast.
     pub fn capacity(self) -> u32 {
         (1 << (32 - u32::from(self.prefix))) - FIRST_INSTANCE - 1
     }
@@ -269,6 +274,7 @@ mod tests {
     fn a_subnet_is_laid_out_as_documented() {
         let subnet: Subnet = "10.240.5.0/24".parse().unwrap();
         assert_eq!(subnet.gateway(), Ipv4Addr::new(10, 240, 5, 1));
+        assert_eq!(subnet.builder(), Ipv4Addr::new(10, 240, 5, 2));
         assert_eq!(subnet.instance(InstanceOffset(0)).unwrap(), Ipv4Addr::new(10, 240, 5, 3));
         assert_eq!(subnet.broadcast(), Ipv4Addr::new(10, 240, 5, 255));
         assert_eq!(subnet.capacity(), 252);
@@ -349,7 +355,7 @@ mod tests {
             match subnet.instance(InstanceOffset(offset)) {
                 Ok(address) => {
                     prop_assert!(subnet.contains(address));
-                    prop_assert!(address > subnet.gateway() && address < subnet.broadcast());
+                    prop_assert!(address > subnet.builder() && address < subnet.broadcast());
                 }
                 Err(_) => prop_assert!(u32::from(offset) >= subnet.capacity()),
             }

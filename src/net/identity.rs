@@ -31,6 +31,11 @@ pub fn tap_name(net_id: TenantNetId, offset: InstanceOffset) -> String {
     format!("tn{net_id}i{offset}")
 }
 
+/// Names the TAP of the microVM that builds for a tenant: `tn<net id>b`.
+pub fn builder_tap_name(net_id: TenantNetId) -> String {
+    format!("tn{net_id}b")
+}
+
 /// Reads the net id out of a bridge's name; `None` when the name is not one that [`bridge_name`] makes.
 pub fn parse_bridge_name(name: &str) -> Option<TenantNetId> {
     let net_id = TenantNetId::try_from(plain_number(name.strip_prefix(BRIDGE_PREFIX)?)?).ok()?;
@@ -62,6 +67,12 @@ pub fn bridge_mac(net_id: TenantNetId) -> Mac {
     Mac([0x02, 0x62, a, b, 0, 0])
 }
 
+/// Derives the MAC of the microVM that builds for a tenant: `02:6c`, the net id, zero.
+pub fn builder_mac(net_id: TenantNetId) -> Mac {
+    let [a, b] = net_id.get().to_be_bytes();
+    Mac([0x02, 0x6c, a, b, 0, 0])
+}
+
 /// Derives the uid, which is also the gid, that an instance's VMM runs as.
 pub fn instance_uid(net_id: TenantNetId, offset: InstanceOffset) -> u32 {
     FIRST_UID + u32::from(net_id.get()) * 65_536 + u32::from(offset.0)
@@ -88,6 +99,7 @@ mod tests {
         assert_eq!(instance_uid(net_id(0), InstanceOffset(0)), 0x7000_0000);
         assert_eq!(instance_mac(last.0, last.1).to_string(), "02:6d:0f:ff:ff:ff");
         assert_eq!(bridge_mac(net_id(5)).to_string(), "02:62:00:05:00:00");
+        assert_eq!((builder_tap_name(last.0).as_str(), builder_mac(last.0).to_string().as_str()), ("tn4095b", "02:6c:0f:ff:00:00"));
     }
 
     #[test]
@@ -95,7 +107,7 @@ mod tests {
         for name in ["br-tenant-", "br-tenant-05", "br-tenant-4096", "br-tenant-+5", "br-tenant-5x", "br-5", "br0", ""] {
             assert_eq!(parse_bridge_name(name), None, "{name}");
         }
-        for name in ["tn1i", "tni1", "tn1", "tn01i1", "tn1i01", "tn4096i1", "tn1i65536", "tap0", "tn1i1i1", ""] {
+        for name in ["tn1i", "tni1", "tn1", "tn01i1", "tn1i01", "tn4096i1", "tn1i65536", "tn1b", "tap0", "tn1i1i1", ""] {
             assert_eq!(parse_tap_name(name), None, "{name}");
         }
     }

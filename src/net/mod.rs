@@ -5,7 +5,7 @@
 //! from them, so they are the same after a sleep, after a restart of the host, and on any node.
 //!
 //! ```text
-//! 10.240.5.0/24   .0 network   .1 bridge br-tenant-5   .2 kept free   .3 offset 0 (TAP tn5i0) …   .255 broadcast
+//! 10.240.5.0/24   .0 network   .1 bridge br-tenant-5   .2 builder   .3 offset 0 (TAP tn5i0) …   .255 broadcast
 //! ```
 
 mod address;
@@ -13,5 +13,8 @@ mod identity;
 mod ruleset;
 
 pub use address::{CLUSTER_RANGE, InstanceOffset, NetError, Subnet, TenantNetId, find_overlap};
-pub use identity::{BRIDGE_PREFIX, Mac, bridge_mac, bridge_name, instance_mac, instance_uid, parse_bridge_name, parse_tap_name, tap_name};
-pub use ruleset::{Exposed, InstanceNetwork, Place, Protocol, Ruleset, TenantNetwork};
+pub use identity::{
+    BRIDGE_PREFIX, Mac, bridge_mac, bridge_name, builder_mac, builder_tap_name, instance_mac, instance_uid, parse_bridge_name,
+    parse_tap_name, tap_name,
+};
+pub use ruleset::{BuilderNetwork, Exposed, InstanceNetwork, Place, Protocol, Ruleset, TenantNetwork};

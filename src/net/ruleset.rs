@@ -16,6 +16,10 @@
 //! | 169.254.0.0/16, in it the metadata service 169.254.169.254 | no, neither bridged nor routed |
 //! | anything else, other private ranges included | yes, masqueraded |
 //!
+//! The microVM that builds for a tenant has the subnet's second address and a port of its own (`tn<net id>b`), listed whether a
+//! build runs or not. It reaches what the last line of the table says and nothing else: no instance of its own tenant, neither
+//! bridged nor routed, and nothing of the host; and no instance reaches it.
+//!
 //! Other private ranges are reachable because on a plain host they hold the resolver, the package mirror and the data
 //! base that the workload is there for, and egress that works for 1.1.1.1 and not for the resolver beside the host surprises.
 //! Nothing from outside reaches an instance but replies to what it, or the host, began, and what comes to a port of the host that a
@@ -35,14 +39,18 @@ use std::net::Ipv4Addr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{InstanceOffset, Mac, NetError, Subnet, TenantNetId, bridge_mac, bridge_name, instance_mac, instance_uid, tap_name};
+use super::{
+    InstanceOffset, Mac, NetError, Subnet, TenantNetId, bridge_mac, bridge_name, builder_mac, builder_tap_name, instance_mac, instance_uid,
+    tap_name,
+};
 
 /// The network of one tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TenantNetwork {
     /// Given by whoever coordinates the cluster, never used again for another tenant.
     pub net_id: TenantNetId,
-    /// Its subnet; the first address is the gateway's (the bridge's), instances have the third and those after it.
+    /// Its subnet; the first address is the gateway's (the bridge's), the second the builder's, instances have the third and those
+    /// after it.
     pub subnet: Subnet,
 }
 
@@ -55,6 +63,35 @@ impl TenantNetwork {
     /// Derives its bridge's MAC.
     pub fn bridge_mac(&self) -> Mac {
         bridge_mac(self.net_id)
+    }
+
+    /// The network identity of the microVM that builds for the tenant.
+    pub fn builder(&self) -> BuilderNetwork {
+        BuilderNetwork { tenant: *self }
+    }
+}
+
+/// The network identity of the microVM that builds for a tenant, of which there is one at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BuilderNetwork {
+    /// Its tenant's network.
+    pub tenant: TenantNetwork,
+}
+
+impl BuilderNetwork {
+    /// Returns its address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.tenant.subnet.builder()
+    }
+
+    /// Names its TAP.
+    pub fn tap(&self) -> String {
+        builder_tap_name(self.tenant.net_id)
+    }
+
+    /// Derives its MAC.
+    pub fn mac(&self) -> Mac {
+        builder_mac(self.tenant.net_id)
     }
 }
 
@@ -161,6 +198,8 @@ impl Ruleset {
         let mut ports = Vec::new();
         let mut forwarders = Vec::new();
         for (tenant, instances) in &tenants {
+            let builder = tenant.builder();
+            ports.push(format!("\"{}\" . {} . {}", builder.tap(), builder.mac(), builder.address()));
             let mut instances: Vec<_> = instances.iter().collect();
             instances.sort_by_key(|instance| instance.offset);
             for instance in instances {
@@ -195,6 +234,7 @@ impl Ruleset {
             .flat_map(|one| one.targets.iter().map(|to| format!("\"{}\" . {to} . {} . {}", one.bridge, one.protocol.as_str(), one.port)))
             .collect();
         set(&mut text, "exposed", "ifname . ipv4_addr . inet_proto . inet_service", "", entries);
+        set(&mut text, "builder_address", "ipv4_addr", "", tenants.iter().map(|(tenant, _)| tenant.builder().address()));
         text.push_str(INET_CHAINS);
         text.push_str("\n\tchain exposed_ports {\n");
         for one in exposed {
@@ -212,6 +252,7 @@ impl Ruleset {
         text.push_str("}\n\ntable bridge mvm {\n");
         set(&mut text, "ours", "ifname", "interval", (0..10).map(|digit| format!("\"tn{digit}*\"")));
         set(&mut text, "port", "ifname . ether_addr . ipv4_addr", "", ports);
+        set(&mut text, "builder", "ifname", "", tenants.iter().map(|(tenant, _)| format!("\"{}\"", tenant.builder().tap())));
         set(&mut text, "forwarder", "ifname . ether_addr . ipv4_addr", "interval", forwarders);
         text.push_str(BRIDGE_CHAINS);
         text.push_str("}\n");
@@ -273,6 +314,7 @@ const INET_CHAINS: &str = r#"
 	chain to_host {
 		meta nfproto ipv6 drop
 		iifname . ip saddr != @own_subnet drop
+		ip saddr @builder_address drop
 		ct state established,related accept
 		iifname . ip daddr @own_gateway icmp type echo-request accept
 		drop
@@ -286,6 +328,8 @@ const INET_CHAINS: &str = r#"
 
 	chain from_tenant {
 		meta nfproto ipv6 drop
+		oifname "br-tenant-*" ip saddr @builder_address drop
+		oifname "br-tenant-*" ip daddr @builder_address drop
 		iifname . oifname @same_tenant accept
 		oifname "br-tenant-*" drop
 		ct state invalid drop
@@ -324,6 +368,12 @@ const BRIDGE_CHAINS: &str = r#"
 	chain prerouting {
 		type filter hook prerouting priority dstnat; policy accept;
 		iifname @ours goto from_port
+	}
+
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		iifname @builder drop
+		oifname @builder drop
 	}
 
 	chain input {

@@ -37,6 +37,16 @@ pub fn admission_lock(tenant: &TenantId) -> String {
     format!("{TENANTS}/{tenant}/admission")
 }
 
+/// One of the locks that builds in microVMs hold, of which there are as many as the host's memory is enough for.
+pub fn builder_slot(number: u64) -> String {
+    format!("builder-slots/{number}")
+}
+
+/// The lock that a build holds which uses the tenant's network: there is one address for builders.
+pub fn builder_lock(tenant: &TenantId) -> String {
+    format!("{TENANTS}/{tenant}/builder")
+}
+
 /// The directory of a tenant's pools.
 pub fn pools_dir(tenant: &TenantId) -> String {
     format!("{TENANTS}/{tenant}/pools")

@@ -1,5 +1,6 @@
 //! Tenants, pools and instances: their documents, and the one lifecycle that changes them.
 
+pub mod builder;
 pub mod collect;
 pub mod error;
 pub mod instance;

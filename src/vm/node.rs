@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use mvm_types::{InstanceAddress, InstanceId, NodeId, PoolAddress, PoolId, TenantId};
 use serde::{Deserialize, Serialize};
 
+use super::builder::EgressChoice;
 use super::error::LifecycleError;
 use super::instance::InstanceDoc;
 use super::keys;
@@ -120,6 +121,8 @@ pub struct Node {
     pub boot_timeout: Duration,
     /// Where flakes are built.
     pub builder: BuilderChoice,
+    /// What microVMs reach in which flakes are built.
+    pub builder_egress: EgressChoice,
     pub(crate) seams: Seams,
     ledgers: Mutex<HashMap<TenantId, Arc<Ledger>>>,
 }
@@ -138,6 +141,7 @@ impl Node {
             dns: Vec::new(),
             boot_timeout: Duration::from_secs(60),
             builder: BuilderChoice::Auto,
+            builder_egress: EgressChoice::None,
             seams,
             ledgers: Mutex::default(),
         })
@@ -153,6 +157,7 @@ impl Node {
             dns: Vec::new(),
             boot_timeout: Duration::from_secs(60),
             builder: BuilderChoice::Auto,
+            builder_egress: EgressChoice::None,
             seams,
             ledgers: Mutex::default(),
         })

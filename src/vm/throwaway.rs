@@ -109,7 +109,7 @@ impl Node {
             vmm_log: dir.join("vmm.log"),
             lifetime: Lifetime::WithCaller,
         })?;
-        Ok(Throwaway { node: self, vm })
+        Ok(Throwaway::of(self, vm))
     }
 }
 
@@ -126,7 +126,20 @@ pub enum Waited {
     GivenUp,
 }
 
-impl Throwaway<'_> {
+impl<'a> Throwaway<'a> {
+    /// Takes a machine that was booted to be thrown away.
+    pub(super) fn of(node: &'a Node, vm: VmHandle) -> Self {
+        Self { node, vm }
+    }
+
+    /// Ends the machine; returns when it is gone. Idempotent.
+    ///
+    /// # Errors
+    /// When the kernel does not end it.
+    pub(super) fn end(&self) -> Result<(), LifecycleError> {
+        Ok(self.node.vmm().kill(&self.vm)?)
+    }
+
     /// Waits until the guest is ready, or until `give_up` says so.
     ///
     /// # Errors
@@ -162,7 +175,7 @@ impl Throwaway<'_> {
 
 impl Drop for Throwaway<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.node.vmm().kill(&self.vm) {
+        if let Err(error) = self.end() {
             tracing::warn!(
                 error = super::error::with_causes(&error),
                 "the throw-away machine could not be ended; it ends with this process"

@@ -33,7 +33,7 @@ instance_resources = { vcpus = 1, mem_mib = 128 }
 
 /// A network outside of the host, with a listener that tells who came.
 pub struct Outside {
-    came: mpsc::Receiver<String>,
+    pub came: mpsc::Receiver<String>,
     ask: mpsc::Sender<String>,
     answers: mpsc::Receiver<Option<String>>,
 }

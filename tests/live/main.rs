@@ -1,5 +1,6 @@
 //! Tests with the real kernel; they need root and clean up after themselves.
 
+mod builder;
 mod crash;
 mod fleet;
 mod full_disk;

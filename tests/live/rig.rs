@@ -52,8 +52,19 @@ pub struct Ran {
 
 /// Runs a test on a host of its own that may run so many guests at once.
 pub fn on_a_host(guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
-    let slots = take_slots(guests);
     let images = images();
+    on_a_host_with(images, guests, test);
+}
+
+/// As [`on_a_host`], for builds in microVMs.
+pub fn on_a_host_with_builder(guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
+    let images = images();
+    mvm::image::builder::ensure(&images, &|what| eprintln!("image: {what}")).unwrap();
+    on_a_host_with(images, guests, test);
+}
+
+fn on_a_host_with(images: PathBuf, guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
+    let slots = take_slots(guests);
     let thread = std::thread::spawn(move || {
         // SAFETY: only namespaces of this one thread change; no file descriptor table or address space is shared anew.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) }.expect("live tests need root");
@@ -285,7 +296,7 @@ impl Rig {
         left.retain(|name| !["node.json", ".node.json.tmp", "images", "audit", "secrets.key"].contains(&name.as_str()));
         left.retain(|name| name != "tenants" || fs::read_dir(self.state().join("tenants")).unwrap().next().is_some());
         assert_eq!(left, Vec::<String>::new(), "state");
-        for part in ["instances", "throwaway"] {
+        for part in ["instances", "throwaway", "builders"] {
             let left: Vec<_> = fs::read_dir(self.run_dir().join(part)).into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
             assert_eq!(left, Vec::<PathBuf>::new(), "run directories");
         }

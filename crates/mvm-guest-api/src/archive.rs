@@ -140,6 +140,40 @@ pub fn unpack_asked(reader: impl Read, source: &Path, path: &Path) -> io::Result
     Ok(copied)
 }
 
+/// Unpacks plain files of these names, each at most once, into a directory; of at most `most` bytes together.
+///
+/// Stricter than [`unpack`], for streams of which even the headers may have been made to harm: anything that is not a file of one of
+/// the names is refused, also the headers that change what follows them, so that nothing is kept in memory.
+///
+/// # Errors
+/// When the stream holds anything else, or something cannot be written. What was unpacked before the error stays.
+pub fn unpack_files(reader: impl Read, names: &[&str], most: u64, directory: &Path) -> io::Result<Copied> {
+    let mut archive = Archive::new(reader);
+    let mut copied = Copied::default();
+    for entry in archive.entries()?.raw(true) {
+        let mut entry = entry?;
+        let given = entry.path_bytes().into_owned();
+        let name = names.iter().find(|name| name.as_bytes() == given.as_slice());
+        let (Some(name), EntryType::Regular) = (name, entry.header().entry_type()) else {
+            let shown: String = String::from_utf8_lossy(&given).chars().take(100).collect();
+            return Err(refused(format!("entry {shown:?} is none of the files {}", names.join(", "))));
+        };
+        let size = entry.size();
+        copied.entries += 1;
+        copied.bytes = copied.bytes.saturating_add(size);
+        if copied.bytes > most {
+            return Err(refused(format!("with {name} it is larger than {} MiB", most >> 20)));
+        }
+        let path = directory.join(name);
+        // A file that is there already, as by an entry before, is not replaced.
+        let mut file = File::create_new(&path).map_err(|error| named(&path, error))?;
+        if io::copy(&mut entry, &mut file).map_err(|error| named(&path, error))? != size {
+            return Err(refused(format!("{name} is cut off")));
+        }
+    }
+    Ok(copied)
+}
+
 /// Moves the one top entry to where it belongs.
 fn take_out(staging: &Staging, path: &Path) -> io::Result<()> {
     let mut entries = fs::read_dir(&staging.0)?;
@@ -353,6 +387,43 @@ mod tests {
             assert_eq!(fs::read(outside.join("kept")).unwrap(), b"kept", "{entries:?}");
             assert_eq!(fs::metadata(outside.join("kept")).unwrap().nlink(), 1, "{entries:?}");
         }
+    }
+
+    #[test]
+    fn only_files_that_were_named_are_taken() {
+        use EntryType as T;
+        const NAMES: [&str; 2] = ["vmlinux", "rootfs"];
+        let take = |entries: &[(&str, EntryType, &str)]| {
+            let dir = tempfile::tempdir().unwrap();
+            let outcome = unpack_files(&hostile(entries)[..], &NAMES, 8, dir.path());
+            let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            (outcome.map(|copied| copied.bytes).map_err(|error| error.to_string()), names.join(" "))
+        };
+        assert_eq!(take(&[("rootfs", T::Regular, "root"), ("vmlinux", T::Regular, "kern")]), (Ok(8), "rootfs vmlinux".into()));
+        assert_eq!(take(&[]), (Ok(0), String::new()));
+        type Entries<'a> = &'a [(&'a str, EntryType, &'a str)];
+        let streams: &[(&str, Entries<'_>)] = &[
+            ("none of the files", &[("../vmlinux", T::Regular, "x")]),
+            ("none of the files", &[("./vmlinux", T::Regular, "x")]),
+            ("none of the files", &[("vmlinux", T::Symlink, "/etc/passwd")]),
+            ("none of the files", &[("vmlinux", T::Link, "/etc/passwd")]),
+            ("none of the files", &[("vmlinux", T::Directory, "")]),
+            ("none of the files", &[("vmlinux", T::GNUSparse, "x")]),
+            ("none of the files", &[("long", T::GNULongName, "vmlinux"), ("x", T::Regular, "x")]),
+            ("none of the files", &[("pax", T::XHeader, "11 size=99\n"), ("vmlinux", T::Regular, "x")]),
+            ("File exists", &[("vmlinux", T::Regular, "x"), ("vmlinux", T::Regular, "y")]),
+            ("larger than 0 MiB", &[("vmlinux", T::Regular, "123456789")]),
+            ("larger than 0 MiB", &[("vmlinux", T::Regular, "12345"), ("rootfs", T::Regular, "12345")]),
+        ];
+        for (expected, entries) in streams {
+            let (outcome, _) = take(entries);
+            assert!(outcome.clone().unwrap_err().contains(expected), "{entries:?}: {outcome:?}");
+        }
+        // A length that is a lie.
+        let whole = hostile(&[("vmlinux", T::Regular, "1234567")]);
+        let dir = tempfile::tempdir().unwrap();
+        assert!(unpack_files(&whole[..515], &NAMES, 8, dir.path()).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::path::Path;
 
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::error::{During, HostdError};
@@ -24,6 +24,14 @@ pub fn mount_scratch(dir: &Path, bytes: u64) -> Result<(), HostdError> {
     mount("mvm-scratch", dir, "tmpfs", MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC, options.as_c_str()).during(what)
 }
 
+/// Shows a directory in another place as well, for the same threads and processes as [`mount_scratch`], which comes before.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn show(dir: &Path, place: &Path) -> Result<(), HostdError> {
+    mount_bind(dir, place).during(|| format!("cannot show {} as {}", dir.display(), place.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -37,6 +45,11 @@ mod tests {
         std::thread::spawn(move || {
             mount_scratch(&inside, 1 << 20).unwrap();
             fs::write(inside.join("file"), "x").unwrap();
+            let other = tempfile::tempdir().unwrap();
+            fs::write(other.path().join("shown"), "x").unwrap();
+            fs::create_dir(inside.join("place")).unwrap();
+            show(other.path(), &inside.join("place")).unwrap();
+            assert!(inside.join("place/shown").exists());
             let error = fs::write(inside.join("large"), vec![0; 2 << 20]).unwrap_err();
             assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
         })

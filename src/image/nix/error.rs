@@ -52,7 +52,7 @@ pub enum BuildError {
         said: String,
     },
     /// It took too long.
-    #[error("the build of {attribute} was ended after {}: it may take no longer; its last words: {last:?}", seconds(.after))]
+    #[error("the build of {attribute} was ended after {}: it may take no longer, unless `mvm pool build --timeout` says so; its last words: {last:?}", seconds(.after))]
     Time {
         /// What was built.
         attribute: String,
@@ -62,7 +62,7 @@ pub enum BuildError {
         last: String,
     },
     /// It said nothing for too long.
-    #[error("the build of {attribute} was ended: it said nothing for {}; its last words: {last:?}", seconds(.after))]
+    #[error("the build of {attribute} was ended: it said nothing for {}, and `mvm pool build --silence-timeout` allows more; its last words: {last:?}", seconds(.after))]
     Silence {
         /// What was built.
         attribute: String,
@@ -80,7 +80,9 @@ pub enum BuildError {
         limit: u64,
     },
     /// It had too many processes.
-    #[error("the build of {attribute} was ended: it had more than {limit} processes at a time")]
+    #[error(
+        "the build of {attribute} was ended: it had more than {limit} processes at a time, and `mvm pool build --max-processes` allows more"
+    )]
     Processes {
         /// What was built.
         attribute: String,
@@ -88,12 +90,22 @@ pub enum BuildError {
         limit: u32,
     },
     /// It used too much memory.
-    #[error("the build of {attribute} was ended: it used more than {limit_mib} MiB of memory")]
+    #[error(
+        "the build of {attribute} was ended: it used more than {limit_mib} MiB of memory, and `mvm pool build --max-mem-mib` allows more"
+    )]
     Memory {
         /// What was built.
         attribute: String,
         /// How much it may use.
         limit_mib: u32,
+    },
+    /// It filled its disk.
+    #[error("the build of {attribute} was ended: it filled its disk of {limit_mib} MiB, and `mvm pool build --max-image-mib` allows more")]
+    Disk {
+        /// What was built.
+        attribute: String,
+        /// How large its disk may be.
+        limit_mib: u64,
     },
     /// Somebody ended it.
     #[error("the build of {attribute} was interrupted")]

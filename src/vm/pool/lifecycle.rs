@@ -11,6 +11,7 @@ use crate::audit::Entry;
 use crate::image::nix::{BuildWatch, BuilderKind, FlakeBuilder, HostBuilder, Limits};
 use crate::infra::failure::Failure;
 use crate::store::Document;
+use crate::vm::builder::{Egress, EgressChoice, VmBuilder};
 use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::keys;
 use crate::vm::node::Node;
@@ -145,7 +146,7 @@ impl Node {
     }
 
     fn build(&self, pool: &PoolAddress, spec: &PoolSpec, options: &BuildOptions<'_>) -> Result<Origin, LifecycleError> {
-        let builder = if spec.flake_ref == BUILTIN { Box::new(HostBuilder) } else { self.flake_builder()? };
+        let builder = if spec.flake_ref == BUILTIN { Box::new(HostBuilder) } else { self.flake_builder(&pool.tenant)? };
         let request = BuildRequest {
             spec,
             builder: &*builder,
@@ -177,8 +178,8 @@ impl Node {
         Ok(())
     }
 
-    /// Who builds flakes: as was chosen, or by how many tenants there are.
-    fn flake_builder(&self) -> Result<Box<dyn FlakeBuilder + '_>, LifecycleError> {
+    /// Who builds a tenant's flakes: as was chosen, or by how many tenants there are.
+    fn flake_builder(&self, tenant: &TenantId) -> Result<Box<dyn FlakeBuilder + '_>, LifecycleError> {
         let kind = match self.builder {
             BuilderChoice::Host => BuilderKind::Host,
             BuilderChoice::Vm => BuilderKind::Vm,
@@ -187,10 +188,13 @@ impl Node {
         };
         match kind {
             BuilderKind::Host => Ok(Box::new(HostBuilder)),
-            BuilderKind::Vm => Err(LifecycleError::Refused {
-                what: "build a flake in a microVM".to_owned(),
-                why: "this mvm has no builder microVM; --builder host builds on this host, which has to trust the flake".to_owned(),
-            }),
+            BuilderKind::Vm => {
+                let egress = match self.builder_egress {
+                    EgressChoice::None => Egress::None,
+                    EgressChoice::Internet => Egress::Internet(tenant.clone()),
+                };
+                Ok(Box::new(VmBuilder::new(self, egress)))
+            }
         }
     }
 

@@ -119,6 +119,10 @@ impl Node {
         if result.is_ok() {
             guard.retire();
             self.lock(&keys::admission_lock(tenant))?.retire();
+            // A build that still uses the network meets its own end.
+            if let Ok(builder) = self.documents().raw().lock(&keys::builder_lock(tenant), Wait::No) {
+                builder.retire();
+            }
             self.forget_tenant(tenant);
         }
         result

@@ -51,7 +51,7 @@ pub fn open_data_disk(volumes: &Dir, name: &str) -> Result<OwnedFd, HostdError> 
 }
 
 /// Makes an ext4 with a journal, no blocks reserved for root, and the zeroing of tables left to the guest's kernel.
-fn format(disk: &File, label: &str) -> Result<(), HostdError> {
+pub(super) fn format(disk: &File, label: &str) -> Result<(), HostdError> {
     let mut command = Command::new(program::find("mke2fs", "e2fsprogs")?);
     command.args(["-F", "-q", "-t", "ext4", "-m", "0", "-L", label]);
     command.args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"]);

@@ -1,10 +1,13 @@
-//! Drives: data disks below the state directory, and small read-only drives that exist only in memory.
+//! Drives: data disks below the state directory, small read-only drives that exist only in memory, and drives without a name for
+//! machines that are thrown away.
 
 mod data;
 mod image;
+mod nameless;
 
 pub use data::{ensure_data_disk, open_data_disk};
 pub use image::{DRIVE_BYTES, ImageError, ImageFile, build_image};
+pub use nameless::{nameless, nameless_ext4, path_of, read_only};
 
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
