@@ -525,6 +525,7 @@ fn secrets_that_are_lost_are_missed() {
     let document = node.path("state/tenants/acme/secrets.json");
     tear(&document);
     node.fails(1, &["tenant", "secrets", "list", "acme"], &["secrets.json cannot be read", "set every secret again"]);
+    assert!(node.run(&["doctor"]).out.contains("secrets.json cannot be read"));
     fs::remove_file(&document).unwrap();
     node.fails(4, &["tenant", "secrets", "list", "acme"], &["secrets.json is gone", "mvm tenant secrets set acme"]);
     let at = node.addresses("Running")[0].clone();

@@ -64,7 +64,11 @@ in
         "nix-daemon.service"
         "nix-daemon.socket"
       ];
-      unitConfig.DefaultDependencies = false;
+      unitConfig = {
+        DefaultDependencies = false;
+        # A machine of a test has another store.
+        ConditionPathExists = "/nix/store/nix-path-registration";
+      };
       after = [ "local-fs.target" ];
       serviceConfig = {
         Type = "oneshot";

@@ -143,8 +143,15 @@ pub fn execute(node: &Node, plan: &Plan, options: &ExecuteOptions<'_>) -> Vec<Ou
                 (options.progress)(Progress::Over { step, outcome: &outcome });
             }
             state = lock(&board);
+            let before = state.ready.len();
             state.finish(index, outcome, &followers[index]);
-            changed.notify_all();
+            if state.left == 0 {
+                changed.notify_all();
+            }
+            // This thread goes on with one of them itself.
+            for _ in before + 1..state.ready.len() {
+                changed.notify_one();
+            }
         }
     };
     std::thread::scope(|scope| {

@@ -287,8 +287,9 @@ fn observe_pools(
             }
         };
         let image = shared.image(node, &doc);
-        let mut instances = Vec::new();
-        for doc in node.all_pool_instances(&pool, problems, &mut cut_off)? {
+        let docs = node.all_pool_instances(&pool, problems, &mut cut_off)?;
+        let mut instances = Vec::with_capacity(docs.len());
+        for doc in docs {
             instances.push(observe_instance(node, doc)?);
         }
         instances.sort_by(|a, b| a.age().cmp(&b.age()));

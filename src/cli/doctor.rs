@@ -96,8 +96,14 @@ pub fn run(globals: &Globals) -> CliResult {
         let path = found.as_ref().map_or("not found, and pools have flakes".to_owned(), |path| path.display().to_string());
         check("nix", found.is_some(), path, "apt-get install nix-bin");
     }
-    match opened.and_then(|opened| Ok(observe(&opened.node)?)) {
-        Ok(observed) => observed.problems.into_iter().for_each(|problem| check("documents", false, problem, remedy)),
+    let problems = opened.and_then(|opened| {
+        let observed = observe(&opened.node)?;
+        let secrets = observed.tenants.values().filter_map(|tenant| opened.node.secrets(&tenant.doc).err());
+        let secrets: Vec<String> = secrets.map(|error| with_causes(&error)).collect();
+        Ok([observed.problems, secrets].concat())
+    });
+    match problems {
+        Ok(problems) => problems.into_iter().for_each(|problem| check("documents", false, problem, remedy)),
         Err(error) => check("documents", false, error.text, remedy),
     }
     print_rows(&checks, globals.format())?;

@@ -10,7 +10,7 @@ use super::exit::{CliError, Exit};
 use super::open::{Globals, Intent, open};
 use super::progress::ProgressLines;
 use super::status::instance_row;
-use crate::agent::observe::{ObservedInstance, observe};
+use crate::agent::observe::{Observed, ObservedInstance, observe};
 use crate::infra::display::{InstanceRow, OutputFormat, Row, Width, print_info, print_rows, to_json, write_out};
 use crate::vm::error::LifecycleError;
 use crate::vm::instance::{InstanceDoc, StateName, StopMode};
@@ -145,8 +145,28 @@ fn act(node: &Node, which: &Which, verb: &str, body: impl FnOnce(&InstanceAddres
     Ok(result?)
 }
 
-/// Returns the instances of an address, or of the whole node.
-fn select(node: &Node, address: Option<&Address>) -> Result<Vec<ObservedInstance>, CliError> {
+/// What is there, and which of it is meant.
+struct Selected<'a> {
+    observed: Observed,
+    address: Option<&'a Address>,
+    /// The instance that the address means, if it is one's.
+    at: Option<InstanceAddress>,
+}
+
+impl Selected<'_> {
+    fn instances(&self) -> impl Iterator<Item = &ObservedInstance> {
+        let all = self.observed.tenants.values().flat_map(|tenant| tenant.pools.values()).flat_map(|pool| &pool.instances);
+        all.filter(|one| match self.address {
+            None => true,
+            Some(Address::Tenant(tenant)) => one.doc.tenant_id == *tenant,
+            Some(Address::Pool(pool)) => one.doc.tenant_id == pool.tenant && one.doc.pool_id == pool.pool,
+            Some(Address::Instance(_)) => Some(one.doc.at()) == self.at,
+        })
+    }
+}
+
+/// Looks for the instances of an address, or of the whole node.
+fn select<'a>(node: &Node, address: Option<&'a Address>) -> Result<Selected<'a>, CliError> {
     let at = match address {
         Some(Address::Tenant(tenant)) => {
             node.tenant(tenant)?;
@@ -163,19 +183,12 @@ fn select(node: &Node, address: Option<&Address>) -> Result<Vec<ObservedInstance
     for problem in &observed.problems {
         eprintln!("mvm: warning: {problem}");
     }
-    let all = observed.tenants.into_values().flat_map(|tenant| tenant.pools.into_values()).flat_map(|pool| pool.instances);
-    let wanted = |one: &ObservedInstance| match address {
-        None => true,
-        Some(Address::Tenant(tenant)) => one.doc.tenant_id == *tenant,
-        Some(Address::Pool(pool)) => one.doc.tenant_id == pool.tenant && one.doc.pool_id == pool.pool,
-        Some(Address::Instance(_)) => Some(one.doc.at()) == at,
-    };
-    Ok(all.filter(wanted).collect())
+    Ok(Selected { observed, address, at })
 }
 
 fn list(globals: &Globals, node: &Node, address: Option<&Address>) -> Result<(), CliError> {
     let now = node.clock().now();
-    let rows: Vec<InstanceRow> = select(node, address)?.iter().map(|one| instance_row(one, &now)).collect();
+    let rows: Vec<InstanceRow> = select(node, address)?.instances().map(|one| instance_row(one, &now)).collect();
     Ok(print_rows(&rows, globals.format())?)
 }
 
@@ -190,8 +203,9 @@ struct InstanceInfo<'a> {
 
 fn info(globals: &Globals, node: &Node, at: &InstanceAddress) -> Result<(), CliError> {
     let selector = InstanceSelector { tenant: at.tenant.clone(), pool: at.pool.clone(), prefix: at.instance.to_string() };
-    let all = select(node, Some(&Address::Instance(selector)))?;
-    let one = all.first().ok_or_else(|| CliError::new(Exit::NotFound, format!("there is no instance {at} any more")))?;
+    let address = Address::Instance(selector);
+    let selected = select(node, Some(&address))?;
+    let one = selected.instances().next().ok_or_else(|| CliError::new(Exit::NotFound, format!("there is no instance {at} any more")))?;
     let row = instance_row(one, &node.clock().now());
     let network = one.doc.network(&node.tenant(&at.tenant)?.network.network());
     let lines = [
@@ -248,7 +262,7 @@ impl Row for StatsRow {
 
 fn stats(globals: &Globals, node: &Node, address: Option<&Address>) -> Result<(), CliError> {
     let mut rows = Vec::new();
-    for one in select(node, address)? {
+    for one in select(node, address)?.instances() {
         let at = one.doc.at();
         // One that ended since it was seen has no numbers.
         let used: Option<VmStats> = one.doc.state.vm().filter(|_| !one.needs_recovery()).and_then(|vm| node.vmm().stats(vm).ok());

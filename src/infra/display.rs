@@ -80,8 +80,9 @@ pub fn table<R: Row>(rows: &[R], format: OutputFormat) -> String {
         let begin = text.len();
         for index in &shown {
             // One line a row, whatever an error message has in it.
-            let cell = line[*index].replace(['\n', '\r'], " ");
-            text.push_str(&format!("{cell:0$}  ", widths[*index]));
+            let cell = &line[*index];
+            text.extend(cell.chars().map(|c| if matches!(c, '\n' | '\r') { ' ' } else { c }));
+            text.extend(std::iter::repeat_n(' ', widths[*index] - cell.chars().count() + 2));
         }
         text.truncate(begin + text[begin..].trim_end().len());
         text.push('\n');

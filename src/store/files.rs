@@ -7,14 +7,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
 
 use super::{DocumentStore, LockGuard, StoreError, Wait};
 use crate::infra::kill_switch::KillSwitch;
 
 /// Files below a directory.
 ///
-/// A write is a temporary file, fsync, rename, fsync of the directory. Locks are `flock`s on files below `locks/` of the run
+/// A write is a temporary file, fsync, exchange of the two names, fsync of the directory. What was there before stays, emptied, as the
+/// next write's temporary file: to make and delete a file for each write costs ext4 a search through all those that were deleted
+/// within the last minutes, which it does not use again so soon. Locks are `flock`s on files below `locks/` of the run
 /// directory: they end with their holder, and the host's reboot clears them.
 pub struct FileStore {
     root: PathBuf,
@@ -87,9 +90,8 @@ impl FileStore {
 
     fn write_new(&self, path: &Path, content: &[u8]) -> io::Result<()> {
         let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
-        // One name, since writers of a document hold its lock: what a killed one left is overwritten by the next.
-        let temporary = dir.join(format!(".{name}.tmp"));
+        // What a killed writer left is overwritten.
+        let temporary = temporary(path)?;
         let open = || {
             self.effect()?;
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)
@@ -107,20 +109,29 @@ impl FileStore {
             self.effect()?;
             file.sync_data()?;
             self.effect()?;
-            fs::rename(&temporary, path)
+            put(&temporary, path)
         };
-        if let Err(error) = write() {
-            if self.effect().is_err() {
+        let former = match write() {
+            Ok(former) => former,
+            Err(error) => {
+                if self.effect().is_err() {
+                    return Err(error);
+                }
+                // The write failed; what remains of it must not stay either, but its own failure says less than the first one.
+                let _ = fs::remove_file(&temporary);
+                if !path.exists() {
+                    self.remove_empty(dir);
+                }
                 return Err(error);
             }
-            // The write failed; what remains of it must not stay either, but its own failure says less than the first one.
-            let _ = fs::remove_file(&temporary);
-            if !path.exists() {
-                self.remove_empty(dir);
-            }
-            return Err(error);
+        };
+        self.sync_dir(dir)?;
+        if former == Former::Kept {
+            self.effect()?;
+            // Not before the exchange is durable. Should it fail, then what is left is what the next write begins with.
+            let _ = OpenOptions::new().write(true).truncate(true).open(&temporary);
         }
-        self.sync_dir(dir)
+        Ok(())
     }
 
     fn lock_path(&self, key: &str) -> PathBuf {
@@ -142,9 +153,47 @@ impl FileStore {
     }
 }
 
+/// What became of the file that another one took the place of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Former {
+    /// There was none, or it is gone.
+    Gone,
+    /// It has the other one's name now.
+    Kept,
+}
+
+/// Puts a file in its place in one step.
+fn put(temporary: &Path, path: &Path) -> io::Result<Former> {
+    match renameat_with(CWD, temporary, CWD, path, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(Former::Kept),
+        // There is none yet, or the file system cannot exchange names.
+        Err(Errno::NOENT | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => fs::rename(temporary, path).map(|()| Former::Gone),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The one name that a document's temporary file has: writers of a document hold its lock.
+fn temporary(path: &Path) -> io::Result<PathBuf> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
+    Ok(path.with_file_name(format!(".{name}.tmp")))
+}
+
+/// Reads a file without asking how long it is: a pass reads thousands, each of which fits, and each call counts.
+fn read_whole(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let mut content = vec![0; 4096];
+    let read = file.read(&mut content)?;
+    let is_whole = read < content.len();
+    content.truncate(read);
+    if !is_whole {
+        file.read_to_end(&mut content)?;
+    }
+    Ok(content)
+}
+
 impl DocumentStore for FileStore {
     fn read(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        match fs::read(self.path(key)) {
+        match read_whole(&self.path(key)) {
             Ok(content) => Ok(Some(content)),
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
             Err(error) => Err(self.error("read", key)(error)),
@@ -206,6 +255,8 @@ impl DocumentStore for FileStore {
 
     fn remove(&self, key: &str) -> Result<(), StoreError> {
         let path = self.path(key);
+        // Its absence is no failure, and what else could fail fails below.
+        let _ = self.effect().and_then(|()| temporary(&path)).and_then(fs::remove_file);
         match self.effect().and_then(|()| fs::remove_file(&path)) {
             Ok(()) => path.parent().map_or(Ok(()), |dir| self.sync_dir(dir)).map_err(self.error("remove", key)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -302,38 +353,41 @@ impl DocumentStore for FileStore {
                     file = self.open_lock(key)?;
                     continue;
                 }
-                Err(rustix::io::Errno::WOULDBLOCK) => {}
+                Err(Errno::WOULDBLOCK) => {}
                 Err(error) => return Err(self.error("lock", key)(error.into())),
             }
             if !matches!(wait, Wait::Until(deadline) if Instant::now() < deadline) {
-                let mut record = [0_u8; 16];
-                let holder = file.read(&mut record).ok().filter(|n| *n == 16).map(|_| split(record).1);
-                return Err(StoreError::Locked { key: key.to_owned(), holder });
+                return Err(StoreError::Locked { key: key.to_owned(), holder: holder(&file) });
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        let mut record = [0_u8; 16];
-        let generation = if file.read_exact_at(&mut record, 0).is_ok() { split(record).0 } else { 0 };
-        let mut guard = FileLock { file, generation, path: self.lock_path(key) };
-        guard.set_generation(generation);
-        Ok(Box::new(guard))
+        let mut record = [0_u8; 8];
+        let generation = if file.read_exact_at(&mut record, 0).is_ok() { u64::from_le_bytes(record) } else { 0 };
+        Ok(Box::new(FileLock { file, generation, path: self.lock_path(key) }))
     }
 
     fn is_locked(&self, key: &str) -> Result<bool, StoreError> {
         let Ok(file) = File::open(self.lock_path(key)) else { return Ok(false) };
         match flock(&file, FlockOperation::NonBlockingLockShared) {
             Ok(()) => Ok(false),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(true),
+            Err(Errno::WOULDBLOCK) => Ok(true),
             Err(error) => Err(self.error("look at the lock of", key)(error.into())),
         }
     }
 }
 
-/// The content of a lock file: the generation and the pid of the last holder, 8 bytes each.
-fn split(record: [u8; 16]) -> (u64, u32) {
-    let (generation, pid) = record.split_at(8);
-    let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("8 bytes"));
-    (number(generation), u32::try_from(number(pid)).unwrap_or(0))
+/// Finds out who holds a lock: the kernel knows, so that taking one writes nothing.
+///
+/// A line of `proc_locks(5)`: `1: FLOCK  ADVISORY  WRITE 4242 fe:00:1835010 0 EOF`, the device in hex.
+fn holder(file: &File) -> Option<u32> {
+    let meta = file.metadata().ok()?;
+    let place = format!("{:02x}:{:02x}:{}", rustix::fs::major(meta.dev()), rustix::fs::minor(meta.dev()), meta.ino());
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    let fields = locks.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    let held =
+        |fields: Vec<&str>| (fields.get(1) == Some(&"FLOCK") && fields.get(5) == Some(&place.as_str())).then(|| fields[4].parse().ok());
+    // A process of another namespace has no number here.
+    fields.filter_map(held).flatten().find(|pid| *pid != 0)
 }
 
 fn is_same_file(file: &File, path: &Path) -> bool {
@@ -356,11 +410,8 @@ impl LockGuard for FileLock {
 
     fn set_generation(&mut self, generation: u64) {
         self.generation = generation;
-        let mut record = [0_u8; 16];
-        record[..8].copy_from_slice(&generation.to_le_bytes());
-        record[8..].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
-        // Neither the number nor the holder's pid is needed for correctness of the lock itself; a full /run must not stop it.
-        if self.file.write_all_at(&record, 0).is_err() {
+        // The number is not needed for correctness of the lock itself; a full /run must not stop it.
+        if self.file.write_all_at(&generation.to_le_bytes(), 0).is_err() {
             let _ = self.file.set_len(0);
         }
     }
@@ -384,11 +435,24 @@ mod tests {
     #[test]
     fn writes_are_whole_and_leave_nothing_else() {
         let (dir, store) = store();
-        store.write("tenants/acme/tenant.json", b"one").unwrap();
-        store.write("tenants/acme/tenant.json", b"two").unwrap();
-        assert_eq!(store.read("tenants/acme/tenant.json").unwrap().unwrap(), b"two");
-        let files = fs::read_dir(dir.path().join("state/tenants/acme")).unwrap().count();
-        assert_eq!(files, 1);
+        let files = || {
+            let entries = fs::read_dir(dir.path().join("state/tenants/acme")).unwrap().map(Result::unwrap);
+            let mut files: Vec<_> =
+                entries.map(|entry| (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().len())).collect();
+            files.sort();
+            files
+        };
+        store.write("tenants/acme/tenant.json", b"first").unwrap();
+        assert_eq!(files(), [("tenant.json".to_owned(), 5)]);
+        for content in [&b"second"[..], b"x", b"third"] {
+            store.write("tenants/acme/tenant.json", content).unwrap();
+            assert_eq!(store.read("tenants/acme/tenant.json").unwrap().unwrap(), content);
+            // Of what was there before nothing is left but an empty file.
+            assert_eq!(files(), [(".tenant.json.tmp".to_owned(), 0), ("tenant.json".to_owned(), content.len() as u64)]);
+        }
+        store.remove("tenants/acme/tenant.json").unwrap();
+        assert_eq!(files(), []);
+        store.write("tenants/acme/tenant.json", b"again").unwrap();
         assert_eq!(store.list("tenants").unwrap(), ["acme"]);
         store.remove_tree("tenants/acme").unwrap();
         store.remove_tree("tenants/acme").unwrap();

@@ -4,6 +4,7 @@ pub mod collect;
 pub mod error;
 pub mod instance;
 pub mod keys;
+mod ledger;
 pub mod node;
 pub mod pool;
 pub mod sleep_policy;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::error::LifecycleError;
 use super::instance::InstanceDoc;
 use super::keys;
+use super::ledger::{Batch, Ledger};
 use super::pool::{BuilderChoice, ImageSource, PoolDoc};
 use super::tenant::TenantDoc;
 use super::usage::Usage;
@@ -120,14 +121,7 @@ pub struct Node {
     /// Where flakes are built.
     pub builder: BuilderChoice,
     pub(crate) seams: Seams,
-    ledgers: Mutex<HashMap<TenantId, Arc<Mutex<Ledger>>>>,
-}
-
-/// A tenant's usage as this process knows it.
-#[derive(Default)]
-struct Ledger {
-    generation: u64,
-    usage: Option<Usage>,
+    ledgers: Mutex<HashMap<TenantId, Arc<Ledger>>>,
 }
 
 impl Node {
@@ -381,8 +375,9 @@ impl Node {
         problems: &mut Vec<String>,
         unfinished: &mut Vec<InstanceAddress>,
     ) -> Result<Vec<InstanceDoc>, LifecycleError> {
-        let mut docs = Vec::new();
-        for id in self.instances(pool)? {
+        let ids = self.instances(pool)?;
+        let mut docs = Vec::with_capacity(ids.len());
+        for id in ids {
             let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
             match self.documents().read(&keys::instance_doc(&at)) {
                 Ok(Some(doc)) => docs.push(doc),
@@ -400,7 +395,8 @@ impl Node {
 
     /// Takes room in a tenant's quotas, and keeps it by an effect that makes it visible to others: a document written.
     ///
-    /// `ask` gets the usage as it is and returns it as it would be; `keep` runs while nobody else can take room.
+    /// `ask` gets the usage as it is and returns it as it would be; `keep` runs while no other process can take room. Those of this
+    /// process go on meanwhile, so that they share the disk's flushes: what each may take is counted before the next one asks.
     ///
     /// # Errors
     /// The quota that leaves no room; whatever `keep` says.
@@ -411,51 +407,63 @@ impl Node {
         keep: impl FnOnce() -> Result<T, LifecycleError>,
     ) -> Result<T, LifecycleError> {
         let ledger = self.ledger(&tenant.tenant_id);
-        let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut guard = self.lock(&keys::admission_lock(&tenant.tenant_id))?;
-        let before = self.usage(&tenant.tenant_id, &mut ledger, &*guard)?;
-        let after = ask(&before);
-        if let Err(refused) = tenant.quotas.check(&tenant.tenant_id, &before, &after) {
-            ledger.usage = Some(before);
+        let mut books = ledger.turn();
+        let mut batch = match books.batch.take() {
+            Some(batch) => batch,
+            None => {
+                let guard = self.lock(&keys::admission_lock(&tenant.tenant_id))?;
+                let usage = match books.known.take() {
+                    Some((generation, usage)) if generation == guard.generation() => usage,
+                    _ => Usage::of(&self.tenant_instances(&tenant.tenant_id, &mut Vec::new())?),
+                };
+                Batch::new(guard, usage)
+            }
+        };
+        let after = ask(&batch.usage);
+        let refused = tenant.quotas.check(&tenant.tenant_id, &batch.usage, &after).err();
+        if refused.is_none() {
+            batch.begin(after);
+        }
+        books.batch = Some(batch);
+        if let Some(refused) = refused {
+            ledger.settle(books);
             return Err(refused.into());
         }
+        drop(books);
         let kept = keep();
-        // What was written may or may not be there after an error: count again next time.
-        ledger.generation = guard.generation().wrapping_add(1);
-        guard.set_generation(ledger.generation);
-        ledger.usage = kept.is_ok().then_some(after);
+        let mut books = ledger.lock();
+        if let Some(batch) = &mut books.batch {
+            batch.end(kept.is_ok());
+        }
+        ledger.settle(books);
         kept
     }
 
     /// Counts a change that gives room back, after its document was written.
     pub(crate) fn give_back_room(&self, tenant: &TenantId, change: impl FnOnce(&mut Usage)) -> Result<(), LifecycleError> {
         let ledger = self.ledger(tenant);
-        let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut guard = self.lock(&keys::admission_lock(tenant))?;
-        let known = ledger.generation == guard.generation();
-        ledger.generation = guard.generation().wrapping_add(1);
-        guard.set_generation(ledger.generation);
-        match ledger.usage.as_mut().filter(|_| known) {
-            Some(usage) => change(usage),
-            None => ledger.usage = None,
+        let mut books = ledger.lock();
+        if let Some(batch) = &mut books.batch {
+            batch.change(change);
+            return Ok(());
         }
+        let mut guard = self.lock(&keys::admission_lock(tenant))?;
+        let generation = guard.generation().wrapping_add(1);
+        books.known = books.known.take().filter(|(known, _)| *known == guard.generation()).map(|(_, mut usage)| {
+            change(&mut usage);
+            (generation, usage)
+        });
+        guard.set_generation(generation);
         Ok(())
     }
 
-    fn ledger(&self, tenant: &TenantId) -> Arc<Mutex<Ledger>> {
+    fn ledger(&self, tenant: &TenantId) -> Arc<Ledger> {
         self.ledgers.lock().unwrap_or_else(PoisonError::into_inner).entry(tenant.clone()).or_default().clone()
     }
 
     /// Forgets what this process knows of a tenant that is gone.
     pub(crate) fn forget_tenant(&self, tenant: &TenantId) {
         self.ledgers.lock().unwrap_or_else(PoisonError::into_inner).remove(tenant);
-    }
-
-    fn usage(&self, tenant: &TenantId, ledger: &mut Ledger, guard: &dyn LockGuard) -> Result<Usage, LifecycleError> {
-        match ledger.usage.take() {
-            Some(usage) if ledger.generation == guard.generation() => Ok(usage),
-            _ => Ok(Usage::of(&self.tenant_instances(tenant, &mut Vec::new())?)),
-        }
     }
 
     /// Returns net ids that were given to tenants that are gone, with these.

@@ -282,7 +282,7 @@ impl Rig {
         assert_eq!(mounts(), self.mounts, "mounts");
         let mut left: Vec<String> =
             fs::read_dir(self.state()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        left.retain(|name| !["node.json", "images", "audit", "secrets.key"].contains(&name.as_str()));
+        left.retain(|name| !["node.json", ".node.json.tmp", "images", "audit", "secrets.key"].contains(&name.as_str()));
         left.retain(|name| name != "tenants" || fs::read_dir(self.state().join("tenants")).unwrap().next().is_some());
         assert_eq!(left, Vec::<String>::new(), "state");
         for part in ["instances", "throwaway"] {

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod docs;
 mod fuzz;
@@ -40,6 +41,7 @@ fn run() -> Result<(), String> {
         Task::Build { profile } => build::all(profile).map(drop),
         Task::Quickstart { state_dir } => quickstart::run(state_dir.as_deref()),
         Task::Test(selection) => test::run(&selection),
+        Task::Bench(measure) => bench::run(&measure),
         Task::Fuzz { seconds } => fuzz::run(seconds).and_then(|tally| tally.verdict()),
         Task::Docs => docs::generate(),
     }

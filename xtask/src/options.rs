@@ -14,6 +14,8 @@ cargo xtask <task>
   quickstart [--state-dir DIR]   install what is missing, build, and bring up the fleet in examples/quickstart.toml
   test [--no-live] [FILTER…]     install what is missing and run every test; with filters, only tests whose names contain one
   test --live [FILTER…]          only the tests with real microVMs and the real network
+  bench [--quick] [--output json] [FILTER…]
+                                 measure mvm against its limits and against bare QEMU; fails when one is missed
   setup                          install the packages that running a fleet needs
   build [--release]              build mvm and, beside it, the static guest agent
   fuzz [--seconds N]             run every fuzz target for N seconds (30)
@@ -39,6 +41,8 @@ pub enum Task {
     },
     /// Run tests.
     Test(Selection),
+    /// Measure.
+    Bench(Measure),
     /// Run the fuzz targets.
     Fuzz {
         /// How long each.
@@ -46,6 +50,17 @@ pub enum Task {
     },
     /// Generate documentation.
     Docs,
+}
+
+/// What is measured, and how.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Measure {
+    /// Whether there are fewer repetitions than for the record.
+    pub quick: bool,
+    /// How the figures are written, when not as a table.
+    pub output: Option<String>,
+    /// Parts of names; none is every figure.
+    pub filters: Vec<String>,
 }
 
 /// Which tests.
@@ -94,14 +109,15 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Task, String> {
                 (false, true) => Live::Not,
                 (false, false) => Live::Too,
             };
-            let mut filters = Vec::new();
-            while let Some(filter) = arguments.opt_free_from_str::<String>().map_err(wrong)? {
-                if filter.starts_with('-') {
-                    return Err(format!("unknown option {filter}; see cargo xtask help"));
-                }
-                filters.push(filter);
+            Task::Test(Selection { live, filters: filters(&mut arguments)? })
+        }
+        Some("bench") => {
+            let quick = arguments.contains("--quick");
+            let output: Option<String> = arguments.opt_value_from_str("--output").map_err(wrong)?;
+            if let Some(format) = output.as_ref().filter(|format| !["table", "json"].contains(&format.as_str())) {
+                return Err(format!("--output is table or json, not {format}"));
             }
-            Task::Test(Selection { live, filters })
+            Task::Bench(Measure { quick, output, filters: filters(&mut arguments)? })
         }
         Some("fuzz") => Task::Fuzz { seconds: arguments.opt_value_from_str("--seconds").map_err(wrong)?.unwrap_or(30) },
         Some("docs") => Task::Docs,
@@ -111,6 +127,17 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Task, String> {
         None => Ok(task),
         Some(extra) => Err(format!("unknown argument {}; see cargo xtask help", extra.display())),
     }
+}
+
+fn filters(arguments: &mut Arguments) -> Result<Vec<String>, String> {
+    let mut filters = Vec::new();
+    while let Some(filter) = arguments.opt_free_from_str::<String>().map_err(|error| format!("{error}; see cargo xtask help"))? {
+        if filter.starts_with('-') {
+            return Err(format!("unknown option {filter}; see cargo xtask help"));
+        }
+        filters.push(filter);
+    }
+    Ok(filters)
 }
 
 #[cfg(test)]
@@ -128,12 +155,24 @@ mod tests {
         assert_eq!(read("quickstart --state-dir /x"), Ok(Task::Quickstart { state_dir: Some("/x".into()) }));
         assert_eq!(read("test"), Ok(Task::Test(Selection::default())));
         assert_eq!(read("test --live wakes"), Ok(Task::Test(Selection { live: Live::Only, filters: vec!["wakes".into()] })));
+        assert_eq!(read("bench"), Ok(Task::Bench(Measure::default())));
+        let measure = Measure { quick: true, output: Some("json".into()), filters: vec!["wake".into(), "start".into()] };
+        assert_eq!(read("bench --quick --output json wake start"), Ok(Task::Bench(measure)));
         assert_eq!(read("fuzz --seconds 5"), Ok(Task::Fuzz { seconds: 5 }));
     }
 
     #[test]
     fn what_is_unknown_is_refused() {
-        for line in ["nonsense", "build --relase", "test --live --no-live", "test --lve", "setup now", "quickstart --state-dir"] {
+        for line in [
+            "nonsense",
+            "build --relase",
+            "test --live --no-live",
+            "test --lve",
+            "setup now",
+            "quickstart --state-dir",
+            "bench --quik",
+            "bench --output xml",
+        ] {
             assert!(read(line).is_err(), "{line}");
         }
     }

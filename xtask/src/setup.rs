@@ -26,6 +26,8 @@ pub const TESTS: [(&str, &str); 9] = [
     ("git", "git"),
     ("jq", "jq"),
 ];
+/// For measuring: `strace` counts what a pass asks of the kernel.
+pub const BENCH: [(&str, &str); 6] = [FLEETS[0], FLEETS[1], FLEETS[2], FLEETS[3], ("strace", "strace"), ("unshare", "util-linux")];
 
 /// Where programs of the system are, whatever PATH says.
 const SYSTEM: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];

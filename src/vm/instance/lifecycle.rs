@@ -548,23 +548,20 @@ impl Locked<'_> {
         manifest.check_conditions(&self.node.id, &self.doc, &vmm.stamp()?)?;
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
-        self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
         let dir = self.node.paths.snapshot(&self.at);
         // The snapshot is mapped, not read; that its files are what was written is found out while the VMM starts.
         let restored = std::thread::scope(|scope| {
             let check = scope.spawn(|| manifest.check_files(&dir));
+            self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
             let vm = Machine { instance: self }.spec(&image).and_then(|spec| Ok(vmm.restore(spec, &dir)?));
             let checked = check.join().expect("checking hashes does not panic");
-            match (vm, checked) {
+            Ok::<_, LifecycleError>(match (vm, checked) {
                 (Ok(vm), Ok(())) => Ok(vm),
-                (Ok(vm), Err(damaged)) => {
-                    vmm.kill(&vm)?;
-                    Err(damaged.into())
-                }
+                (Ok(vm), Err(damaged)) => vmm.kill(&vm).map_err(LifecycleError::from).and(Err(damaged.into())),
                 (Err(error), Ok(())) => Err(error),
                 (Err(error), Err(damaged)) => Err(if error.is_killed() { error } else { damaged.into() }),
-            }
-        });
+            })
+        })?;
         let vm = match restored {
             Ok(vm) => vm,
             Err(error) => return self.undone(error),

@@ -1,0 +1,33 @@
+//! Measures mvm against its limits.
+
+use std::process::Command;
+
+use crate::build::{Profile, all};
+use crate::options::Measure;
+use crate::phase::phase;
+use crate::setup;
+use crate::workspace::{cargo, succeed, target};
+
+/// Installs, builds as for use, and measures; the figures go to standard output.
+///
+/// # Errors
+/// When a figure misses its limit, or cannot be measured.
+pub fn run(measure: &Measure) -> Result<(), String> {
+    let program = target()?.join("release/mvm-bench");
+    let parts = target()?.join("tmp/live-images/parts/parts.json");
+    phase("install what is missing", || {
+        setup::ensure(&setup::BENCH, Some(&parts))?;
+        setup::require_root(&[])
+    })?;
+    phase("build", || {
+        all(Profile::Release)?;
+        succeed(&mut cargo(["build", "--release", "--package", "mvm-bench"]))
+    })?;
+    phase("measure", || succeed(Command::new(program).args(arguments(measure))))
+}
+
+fn arguments(measure: &Measure) -> Vec<&str> {
+    let quick = measure.quick.then_some("--quick");
+    let output = measure.output.iter().flat_map(|format| ["--output", format]);
+    quick.into_iter().chain(output).chain(measure.filters.iter().map(String::as_str)).collect()
+}
