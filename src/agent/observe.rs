@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mvm_types::{NodeId, PoolId, TenantId};
+use mvm_types::{NodeId, PoolId, RevisionId, TenantId};
 
 use crate::host::ObservedNetwork;
 use crate::net::{Ruleset, TenantNetId};
@@ -161,7 +161,7 @@ impl Observed {
 /// When the state directory or the host cannot be read at all. One document that cannot be read is a problem, and the others go on.
 pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     let mut problems = Vec::new();
-    let mut flakes = Flakes::new();
+    let mut shared = Shared::default();
     let mut tenants = BTreeMap::new();
     let mut orphans = BTreeMap::new();
     let mut unfinished = Vec::new();
@@ -169,7 +169,7 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     for id in node.tenant_dirs()? {
         match node.documents().read::<TenantDoc>(&keys::tenant_doc(&id)) {
             Ok(Some(doc)) => {
-                let tenant = observe_pools(node, doc, &mut flakes, &mut problems, &mut unfinished)?;
+                let tenant = observe_pools(node, doc, &mut shared, &mut problems, &mut unfinished)?;
                 tenants.insert(id, tenant);
                 continue;
             }
@@ -207,8 +207,48 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     })
 }
 
-/// What the sources of flakes are now: each is looked at once in a pass, however many pools share it.
-type Flakes = BTreeMap<String, Result<Option<String>, String>>;
+/// What is looked at once in a pass, however many pools share it.
+#[derive(Default)]
+struct Shared {
+    /// What the sources of flakes are now.
+    flakes: BTreeMap<String, Result<Option<String>, String>>,
+    /// Whether images are whole.
+    images: BTreeMap<RevisionId, bool>,
+}
+
+impl Shared {
+    fn image(&mut self, node: &Node, doc: &PoolDoc) -> ImagePresence {
+        let Some(revision) = &doc.revision else { return ImagePresence::Missing };
+        let whole = match self.images.get(revision) {
+            Some(whole) => *whole,
+            None => *self.images.entry(revision.clone()).or_insert(node.images().open(revision).is_ok()),
+        };
+        match whole {
+            false => ImagePresence::Missing,
+            true if self.is_outdated(node, doc) => ImagePresence::Outdated,
+            true => ImagePresence::Present,
+        }
+    }
+
+    /// Tells whether a pool's newest build is of something else than its flake is now. Its current revision may be an older one.
+    fn is_outdated(&mut self, node: &Node, doc: &PoolDoc) -> bool {
+        let spec = &doc.spec;
+        let Some(built) = &doc.built else { return spec.flake_ref != BUILTIN };
+        if !built.is_of(spec) {
+            return true;
+        }
+        if spec.flake_ref == BUILTIN {
+            return false;
+        }
+        match self.flakes.entry(spec.flake_ref.clone()).or_insert_with(|| node.images().fingerprint(&spec.flake_ref)) {
+            Ok(Some(now)) => built.fingerprint.as_ref() != Some(now),
+            // Only nix can tell, and `mvm pool build` asks it.
+            Ok(None) => false,
+            // The build says what is wrong.
+            Err(_) => true,
+        }
+    }
+}
 
 /// Reads the instances of what has no document of its own.
 fn adopt(
@@ -223,7 +263,7 @@ fn adopt(
 fn observe_pools(
     node: &Node,
     tenant: TenantDoc,
-    flakes: &mut Flakes,
+    shared: &mut Shared,
     problems: &mut Vec<String>,
     unfinished: &mut Vec<String>,
 ) -> Result<ObservedTenant, LifecycleError> {
@@ -246,13 +286,7 @@ fn observe_pools(
                 continue;
             }
         };
-        let image = match &doc.revision {
-            Some(revision) if node.images().open(revision).is_ok() => match is_outdated(node, &doc, flakes) {
-                true => ImagePresence::Outdated,
-                false => ImagePresence::Present,
-            },
-            _ => ImagePresence::Missing,
-        };
+        let image = shared.image(node, &doc);
         let docs = node.all_pool_instances(&pool, problems, &mut cut_off)?;
         let mut instances = Vec::with_capacity(docs.len());
         for doc in docs {
@@ -264,25 +298,6 @@ fn observe_pools(
     }
     unfinished.extend(cut_off.iter().map(ToString::to_string));
     Ok(ObservedTenant { doc: tenant, pools, orphans })
-}
-
-/// Tells whether a pool's newest build is of something else than its flake is now. Its current revision may be an older one.
-fn is_outdated(node: &Node, doc: &PoolDoc, flakes: &mut Flakes) -> bool {
-    let spec = &doc.spec;
-    let Some(built) = &doc.built else { return spec.flake_ref != BUILTIN };
-    if !built.is_of(spec) {
-        return true;
-    }
-    if spec.flake_ref == BUILTIN {
-        return false;
-    }
-    match flakes.entry(spec.flake_ref.clone()).or_insert_with(|| node.images().fingerprint(&spec.flake_ref)) {
-        Ok(Some(now)) => built.fingerprint.as_ref() != Some(now),
-        // Only nix can tell, and `mvm pool build` asks it.
-        Ok(None) => false,
-        // The build says what is wrong.
-        Err(_) => true,
-    }
 }
 
 /// What the pool's instances are not started with, or not at all; secrets are only looked at where something needs one.

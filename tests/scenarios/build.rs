@@ -319,7 +319,7 @@ fn a_pass_over_a_thousand_pools_with_manifests_is_no_slower_than_without() {
     let dir = tempfile::tempdir().unwrap();
     let flake = dir.path().join("flake");
     fs::create_dir_all(flake.join("nix")).unwrap();
-    let manifest = "[meta]\nversion = 1\n[profiles.minimal]\nmodule = \"nix/a.nix\"\n[roles.worker]\nmodule = \"nix/a.nix\"\n";
+    let manifest = "[meta]\nversion = 1\n[profiles.minimal]\nmodule = \"nix/0.nix\"\n[roles.worker]\nmodule = \"nix/0.nix\"\n";
     fs::write(flake.join("mvm-profiles.toml"), manifest).unwrap();
     for name in 0..30 {
         fs::write(flake.join(format!("nix/{name}.nix")), "{ }").unwrap();

@@ -75,6 +75,23 @@ pub fn look(reference: &Reference, seen: &mut Seen) -> Result<Option<Sources>, S
     }
 }
 
+/// Tells whether a file of the flake's directory is part of the flake, where its sources lie on this host as they are: of a repository,
+/// only what git tracks is.
+///
+/// # Errors
+/// A sentence: what cannot be read.
+pub fn has(reference: &Reference, name: &str) -> Result<bool, String> {
+    match (reference, reference.directory()) {
+        (_, None) => Ok(false),
+        (Reference::Git { root, dir, .. }, Some(_)) => {
+            let index = read(&git_dir(root)?.join("index"))?.unwrap_or_default();
+            let file = dir.as_deref().unwrap_or(Path::new("")).join(name);
+            Ok(!index.is_empty() && git_index::paths(&index)?.contains(&file))
+        }
+        (_, Some(dir)) => Ok(dir.join(name).symlink_metadata().is_ok()),
+    }
+}
+
 /// The fingerprint of a reference's sources; `None` when only nix can tell.
 ///
 /// # Errors
@@ -348,11 +365,13 @@ mod tests {
         assert_eq!(fingerprint_of(&reference), empty, "git does not know of it");
         git(&["add", "flake.nix"]);
         let added = fingerprint_of(&reference);
+        assert!(has(&reference, "flake.nix").unwrap());
         assert_ne!(added, empty);
         git(&["commit", "-q", "-m", "first"]);
         let committed = fingerprint_of(&reference);
         assert_ne!(committed, added, "nix locks another revision");
         fs::write(dir.path().join("untracked"), "x").unwrap();
+        assert!(!has(&reference, "untracked").unwrap());
         git(&["status"]);
         assert_eq!(fingerprint_of(&reference), committed);
         fs::write(dir.path().join("flake.nix"), "{ }").unwrap();

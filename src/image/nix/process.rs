@@ -11,11 +11,14 @@ use std::cell::{Cell, RefCell};
 use std::ffi::OsStr;
 use std::fs;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::log::{Lines, Record};
 use super::{BuildError, BuildWatch, Limits};
@@ -208,25 +211,43 @@ pub fn find_nix() -> Option<PathBuf> {
 struct Running {
     child: Child,
     /// Process 1 of the namespace, as this host knows it.
-    init: Option<u32>,
+    init: Option<(u32, OwnedFd)>,
 }
 
 impl Running {
     /// The namespace's own `/proc`, once it is there.
     fn proc(&mut self) -> Option<PathBuf> {
-        if self.init.is_none() {
-            let pid = self.child.id();
-            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
-            self.init = children.split_ascii_whitespace().next()?.parse().ok();
-        }
-        let proc = PathBuf::from(format!("/proc/{}/root/proc", self.init?));
+        let (init, _) = self.init()?;
+        let proc = PathBuf::from(format!("/proc/{init}/root/proc"));
         // Before unshare has mounted it, this is the host's.
         let own = fs::read_link(proc.join("self/ns/pid"));
         (own.is_err() && proc.join("1/statm").exists()).then_some(proc)
     }
 
+    /// Process 1 of the namespace, once it is there.
+    fn init(&mut self) -> Option<&(u32, OwnedFd)> {
+        if self.init.is_none() {
+            let pid = self.child.id();
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+            let init: i32 = children.split_ascii_whitespace().next()?.parse().ok()?;
+            let fd = pidfd_open(Pid::from_raw(init)?, PidfdFlags::empty()).ok()?;
+            self.init = Some((init.unsigned_abs(), fd));
+        }
+        self.init.as_ref()
+    }
+
+    /// Ends it, and returns when nothing of it is left.
     fn end(&mut self) {
+        const PATIENCE: Duration = Duration::from_secs(10);
         // One that ended already is as wanted.
+        if let Some((_, init)) = self.init() {
+            let _ = pidfd_send_signal(init, Signal::KILL);
+            // The kernel lets process 1 end last of its namespace, and unshare after it.
+            let deadline = Instant::now() + PATIENCE;
+            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

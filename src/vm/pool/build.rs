@@ -19,11 +19,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::config::{BUILTIN, PoolSpec};
-use super::nix_manifest::{ManifestError, NixManifest};
+use super::nix_manifest::{MANIFEST_FILE, ManifestError, NixManifest};
 use super::revision::{Origin, OriginFile, closure_hash};
 use super::role::RoleTraits;
 use crate::image;
-use crate::image::nix::fingerprint::{Seen, fingerprint};
+use crate::image::nix::fingerprint::{Seen, fingerprint, has};
 use crate::image::nix::{BuildError, BuildWatch, FlakeBuilder, FlakeImage, Job, Limits, Record, Reference};
 
 /// The system that images are built for, as nix names it.
@@ -614,7 +614,8 @@ impl ImageSource for NodeImages {
 /// What a role means by the manifest of a flake that lies on this host.
 fn role_traits(spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError> {
     // Only mvm's own roles are accepted for the built-in image. That a flake is not there is for its build to say.
-    let Ok(Some(flake)) = Reference::locate(&spec.flake_ref).map(|reference| reference.directory()) else { return Ok(None) };
+    let Ok(reference) = Reference::locate(&spec.flake_ref) else { return Ok(None) };
+    let Some(flake) = reference.directory().filter(|_| has(&reference, MANIFEST_FILE).unwrap_or(false)) else { return Ok(None) };
     let wrong = |source: ManifestError| ImageError::Manifest { flake_ref: spec.flake_ref.clone(), source: source.into() };
     match NixManifest::load(&flake).map_err(wrong)? {
         None => Ok(None),
