@@ -287,12 +287,8 @@ fn observe_pools(
             }
         };
         let image = shared.image(node, &doc);
-        let docs = node.all_pool_instances(&pool, problems, &mut cut_off)?;
-        let mut instances = Vec::with_capacity(docs.len());
-        for doc in docs {
-            instances.push(observe_instance(node, doc)?);
-        }
-        instances.sort_by(|a, b| a.age().cmp(&b.age()));
+        let mut instances = node.all_pool_instances(&pool, problems, &mut cut_off, |doc| observe_instance(node, doc))?;
+        instances.sort_unstable_by(|a, b| a.age().cmp(&b.age()));
         let not_enabled = not_enabled(node, &tenant, &doc)?;
         pools.insert(id, ObservedPool { doc, image, instances, not_enabled });
     }

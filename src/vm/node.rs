@@ -370,22 +370,23 @@ impl Node {
 
     /// Reads every instance of a pool; those whose document cannot be read are named in `problems`.
     pub fn pool_instances(&self, pool: &PoolAddress, problems: &mut Vec<String>) -> Result<Vec<InstanceDoc>, LifecycleError> {
-        self.all_pool_instances(pool, problems, &mut Vec::new())
+        self.all_pool_instances(pool, problems, &mut Vec::new(), Ok)
     }
 
-    /// Reads every instance of a pool, and names also those that a killed creation left without a document.
-    pub(crate) fn all_pool_instances(
+    /// Reads every instance of a pool, makes of each what is wanted, and names also those that a killed creation left without a document.
+    pub(crate) fn all_pool_instances<T>(
         &self,
         pool: &PoolAddress,
         problems: &mut Vec<String>,
         unfinished: &mut Vec<InstanceAddress>,
-    ) -> Result<Vec<InstanceDoc>, LifecycleError> {
+        mut make: impl FnMut(InstanceDoc) -> Result<T, LifecycleError>,
+    ) -> Result<Vec<T>, LifecycleError> {
         let ids = self.instances(pool)?;
-        let mut docs = Vec::with_capacity(ids.len());
+        let mut made = Vec::with_capacity(ids.len());
         for id in ids {
             let at = InstanceAddress::new(pool.tenant.clone(), pool.pool.clone(), id);
             match self.documents().read(&keys::instance_doc(&at)) {
-                Ok(Some(doc)) => docs.push(doc),
+                Ok(Some(doc)) => made.push(make(doc)?),
                 // A killed creation: nothing was made yet.
                 Ok(None) if self.documents().raw().is_unfinished(&keys::instance_dir(&at))? => unfinished.push(at),
                 Ok(None) => problems.push(format!(
@@ -395,7 +396,7 @@ impl Node {
                 Err(error) => problems.push(super::error::with_causes(&error)),
             }
         }
-        Ok(docs)
+        Ok(made)
     }
 
     /// Takes room in a tenant's quotas, and keeps it by an effect that makes it visible to others: a document written.

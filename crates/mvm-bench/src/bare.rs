@@ -24,6 +24,9 @@ use crate::live::BRIDGE;
 /// How long a bare guest may take to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often a guest is asked again whether it is ready: as often as mvm does, since each answer costs the guest time.
+const ASK_AGAIN: Duration = Duration::from_millis(10);
+
 /// What a descriptor in the arguments is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Role {
@@ -219,7 +222,7 @@ impl Prepared {
             if begun.elapsed() > PATIENCE {
                 return Err("a bare guest does not become ready".into());
             }
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(ASK_AGAIN);
         }
         Ok((begun.elapsed(), running))
     }

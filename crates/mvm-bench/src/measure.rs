@@ -44,7 +44,7 @@ impl Pairs {
         ours: impl FnOnce() -> Result<Duration, String>,
         bare: impl FnOnce() -> Result<Duration, String>,
     ) -> Result<(), String> {
-        if self.ours.len() % 2 == 0 {
+        if self.ours.len().is_multiple_of(2) {
             self.ours.add(ours()?);
             self.bare.add(bare()?);
         } else {

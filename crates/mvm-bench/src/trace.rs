@@ -108,8 +108,11 @@ fn line(line: &str) -> Option<(String, u64)> {
     Some(((*name).to_owned(), fields.get(3)?.parse().ok()?))
 }
 
-/// Every file that a pass could write to, with what shows that it was: inode, size, changed when.
-fn found(fleet: &Fleet) -> Result<BTreeMap<PathBuf, (u64, u64, i64, i64)>, String> {
+/// What shows that a file was changed: inode, size, and when it last was.
+type Trace = (u64, u64, i64, i64);
+
+/// Every file that a pass could write to.
+fn found(fleet: &Fleet) -> Result<BTreeMap<PathBuf, Trace>, String> {
     let mut found = BTreeMap::new();
     let mut dirs: Vec<PathBuf> = fleet.places().into();
     while let Some(dir) = dirs.pop() {
@@ -127,12 +130,12 @@ fn found(fleet: &Fleet) -> Result<BTreeMap<PathBuf, (u64, u64, i64, i64)>, Strin
     Ok(found)
 }
 
-fn seen(path: &Path) -> std::io::Result<(u64, u64, i64, i64)> {
+fn seen(path: &Path) -> std::io::Result<Trace> {
     let meta = fs::symlink_metadata(path)?;
     Ok((meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
 }
 
-fn difference<T: PartialEq>(before: &BTreeMap<PathBuf, T>, after: &BTreeMap<PathBuf, T>) -> u64 {
+fn difference(before: &BTreeMap<PathBuf, Trace>, after: &BTreeMap<PathBuf, Trace>) -> u64 {
     let changed = after.iter().filter(|(path, seen)| before.get(*path) != Some(seen)).count();
     let gone = before.keys().filter(|path| !after.contains_key(*path)).count();
     (changed + gone) as u64

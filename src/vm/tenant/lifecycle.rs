@@ -153,7 +153,7 @@ impl Node {
             let mut docs = Vec::new();
             for pool in pools {
                 let mut cut_off = Vec::new();
-                docs.extend(self.all_pool_instances(&pool, &mut Vec::new(), &mut cut_off)?);
+                docs.extend(self.all_pool_instances(&pool, &mut Vec::new(), &mut cut_off, Ok)?);
                 unfinished.extend(cut_off.iter().map(keys::instance_dir));
                 // Also those whose document was moved aside: what they have stays until somebody decides.
                 instances.extend(self.instances(&pool)?);
