@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mvm::infra::process::ProcessIdentity;
-use mvm::vmm::qemu::{AccelerationChoice, KvmVerdict, Qemu, QemuOptions, agent_socket};
+use mvm::vmm::qemu::{AGENT_PORTS, AccelerationChoice, KvmVerdict, Qemu, QemuOptions, agent_socket};
 use mvm::vmm::{Drive, DriveAccess, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError};
 use mvm_hostd::tap::{TapSpec, create_tap};
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
@@ -25,7 +25,7 @@ b=/bin/busybox
 $b mount -t proc proc /proc; $b mount -t sysfs sys /sys; $b mount -t devtmpfs dev /dev
 for m in /modules/*; do [ -e $m ] && $b insmod $m; done
 # Ports and their names appear some time after the driver.
-while [ "$($b cat /sys/class/virtio-ports/*/name 2>/dev/null | $b wc -l)" != 4 ]; do $b usleep 1000; done
+while [ "$($b cat /sys/class/virtio-ports/*/name 2>/dev/null | $b wc -l)" != PORTS ]; do $b usleep 1000; done
 for p in /sys/class/virtio-ports/*; do
   name=$($b cat $p/name); ports="$ports $name"
   [ $name = mvm.agent.0 ] && port=/dev/${p##*/}
@@ -98,7 +98,7 @@ fn initrd(parts: &Path) -> Vec<u8> {
     }
     let read = |name: &str| fs::read(parts.join(name)).unwrap();
     cpio.add("bin/busybox", 0o100_755, &read("busybox"));
-    cpio.add("init", 0o100_755, INIT.as_bytes());
+    cpio.add("init", 0o100_755, INIT.replace("PORTS", &AGENT_PORTS.to_string()).as_bytes());
     // Pairs of name and device, in the order in which they are loaded, which is also that of two digits.
     let list: serde_json::Value = serde_json::from_slice(&read("parts.json")).unwrap();
     for (index, module) in list["modules"].as_array().unwrap().iter().enumerate() {
@@ -213,7 +213,8 @@ fn a_machine_boots_confined_pauses_resumes_and_dies() {
     println!("QMP after {booted:?}, guest after {:?}", start.elapsed());
     assert_eq!(t.ask("drives"), "2 drives vda=2048,1 vdb=4096,0");
     let console = fs::read_to_string(t.path("console.log")).unwrap();
-    assert!(console.contains("ports: mvm.agent.0 mvm.agent.1 mvm.agent.2 mvm.agent.3"), "{console}");
+    let ports: Vec<String> = (0..AGENT_PORTS).map(|port| format!("mvm.agent.{port}")).collect();
+    assert!(console.contains(&format!("ports: {}", ports.join(" "))), "{console}");
 
     let id = format!("{UID} {UID} {UID} {UID}");
     assert_eq!([status_field(&vm, "Uid"), status_field(&vm, "Gid")], [id.clone(), id]);
