@@ -7,3 +7,5 @@ pub mod order;
 pub mod plan;
 pub mod reconciler;
 pub mod roles;
+
+pub use crate::vm::pool::role::role_priority;

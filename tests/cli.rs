@@ -701,3 +701,20 @@ fn much_that_is_wrong_is_said_shortly() {
     node.fails(2, &["plan", "-f", &node.file("line.toml", format!("{FLEET}\nx = {}", "y ".repeat(100_000)))], &["not TOML"]);
     node.fails(2, &["instance", "info", &"word ".repeat(2000)], &[]);
 }
+
+#[test]
+fn a_flake_is_written_once_with_a_role_of_ones_own() {
+    let node = Node::new();
+    let dir = node.path("images").to_str().unwrap().to_owned();
+    node.ok(&["init", &dir, "--role", "cache"]);
+    assert!(node.path("images/roles/cache.nix").exists());
+    // The role is as good as any other: a rehearsal knows what it means from the manifest.
+    node.ok(&["tenant", "create", "acme", "--net-id", "7", "--subnet", "10.240.7.0/24"]);
+    let flake = format!("path:{dir}");
+    node.ok(&["pool", "create", "acme/cache", "--role", "cache", "--profile", "base", "--flake-ref", &flake]);
+    assert_eq!(node.json(&["pool", "info", "acme/cache"])["role"], "cache");
+    assert!(node.ok(&["pool", "list", "acme"]).contains("cache"));
+    node.fails(2, &["pool", "create", "acme/other", "--role", "cahce", "--profile", "base", "--flake-ref", &flake], &["did you mean cache?"]);
+    node.fails(4, &["init", &dir, "--role", "cache"], &["flake.nix is there already", "nothing was written"]);
+    node.fails(2, &["init", "--role", "gateway"], &["one of mvm's own"]);
+}

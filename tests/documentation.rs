@@ -16,7 +16,7 @@ fn root() -> &'static Path {
 /// The written pages; the reference of the command line is generated.
 fn pages() -> Vec<(PathBuf, String)> {
     let mut pages = vec![root().join("README.md")];
-    for dir in ["docs", "docs/adr"] {
+    for dir in ["docs", "docs/adr", "specs"] {
         let entries = fs::read_dir(root().join(dir)).unwrap().map(|entry| entry.unwrap().path());
         pages.extend(entries.filter(|path| path.extension().is_some_and(|ending| ending == "md") && !path.ends_with("cli.md")));
     }
@@ -101,4 +101,21 @@ fn every_example_is_valid() {
         seen += 1;
     }
     assert!(seen >= 2, "the examples were not found");
+}
+
+#[test]
+fn every_box_of_the_sprint_has_its_test() {
+    let page = fs::read_to_string(root().join("specs/SPRINT.md")).unwrap();
+    let boxes: Vec<&str> = page.lines().filter(|line| line.starts_with("| [x] ")).collect();
+    assert!(boxes.len() > 30, "only {} boxes were found", boxes.len());
+    assert!(!page.contains("| [ ] "), "a box is open");
+    for line in boxes {
+        let cells: Vec<&str> = line.split(" | ").collect();
+        let file = cells[1].trim_matches('`');
+        assert!(root().join(file).is_file(), "{file} of {line}");
+        let mut shown = code(cells[2]);
+        let (file, test) = (shown.next().unwrap(), shown.next().unwrap());
+        let text = fs::read_to_string(root().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
+        assert!(text.contains(&format!("fn {test}(")), "{file} has no test {test}");
+    }
 }

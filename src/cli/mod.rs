@@ -7,6 +7,7 @@ mod doctor;
 mod events;
 pub mod exit;
 mod guest;
+mod init;
 mod instance;
 mod net;
 mod node;
@@ -76,6 +77,8 @@ enum Command {
     Logs(guest::LogsArgs),
     /// Show what was done, or check that the record was not changed
     Events(events::EventsArgs),
+    /// Write a flake for images of your own: a manifest, a profile and a role
+    Init(init::InitArgs),
     /// Run a command in a throw-away microVM
     Run(throwaway::RunArgs),
     /// This host
@@ -115,6 +118,7 @@ pub fn run(cli: Cli) -> CliResult {
         Command::Cp(args) => guest::cp(globals, &args),
         Command::Logs(args) => guest::logs(globals, &args),
         Command::Events(args) => events::run(globals, &args),
+        Command::Init(args) => init::run(globals, &args),
         Command::Run(args) => throwaway::run(globals, args),
         Command::Node(command) => node::run(globals, &command),
         Command::Net(command) => net::run(globals, &command),

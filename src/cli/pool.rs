@@ -18,6 +18,7 @@ use crate::infra::display::{PoolInfo, PoolRow, print_info, print_rows};
 use crate::vm::error::LifecycleError;
 use crate::vm::instance::{StateName, StopMode};
 use crate::vm::node::Node;
+use crate::vm::pool::role::Roles;
 use crate::vm::pool::{Limits, PoolSpec};
 
 /// The verbs.
@@ -183,7 +184,9 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             if node.pool(&pool).is_err() {
                 let mut with_it = declared_in(node, &pool.tenant)?;
                 with_it.tenants.iter_mut().for_each(|tenant| tenant.pools.push(new.clone()));
-                as_a_document(&with_it)?;
+                let with_it = as_a_document(&with_it)?;
+                crate::agent::roles::learn(node, &with_it, &mut Roles::default())
+                    .map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
             }
             node.pool_create(&pool.tenant, role, new)?;
             Exit::Done

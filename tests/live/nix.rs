@@ -429,3 +429,21 @@ fn an_interrupted_and_a_killed_build_leave_nothing_and_the_next_goes_on() {
         assert_ne!(text(&build(rig)["revision"]), good);
     });
 }
+
+#[test]
+fn a_flake_from_init_is_built_and_its_own_role_boots() {
+    on_a_host(1, |rig| {
+        let flake = rig.path("images").to_str().unwrap().to_owned();
+        rig.ok(&["init", &flake, "--kind", "plain", "--role", "cache"]);
+        let fleet = pool(&format!("path:{flake}"), "running = 1");
+        rig.apply(&fleet.replace("pool_id = \"web\"", "pool_id = \"web\"\nrole = \"cache\"\nprofile = \"plain\""));
+        let at = rig.only();
+        assert_eq!(text(&rig.json(&["instance", "info", &at])["role"]), "cache");
+        let config: Value = serde_json::from_str(&rig.sh(&at, "cat /etc/mvm-config/config.json")).unwrap();
+        assert_eq!((text(&config["role"]), text(&config["profile"])), ("cache".to_owned(), "plain".to_owned()));
+        // It requires no secrets, and has none.
+        assert_eq!(rig.sh(&at, "ls /run/secrets"), "");
+        assert_eq!(text(&rig.json(&["pool", "revisions", "acme/web"])[0]["attribute"]), "packages.x86_64-linux.tenant-cache-plain");
+        rig.prune();
+    });
+}
