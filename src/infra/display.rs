@@ -71,18 +71,21 @@ pub fn to_json<T: Serialize + ?Sized>(value: &T) -> io::Result<String> {
 pub fn table<R: Row>(rows: &[R], format: OutputFormat) -> String {
     let shown: Vec<usize> =
         (0..R::COLUMNS.len()).filter(|index| format == OutputFormat::Wide || R::COLUMNS[*index].1 == Width::Narrow).collect();
-    let header: Vec<String> = R::COLUMNS.iter().map(|(name, _)| (*name).to_owned()).collect();
-    let lines: Vec<Vec<String>> = std::iter::once(header).chain(rows.iter().map(Row::cells)).collect();
-    let widths: Vec<usize> =
-        (0..R::COLUMNS.len()).map(|index| lines.iter().map(|line| line[index].chars().count()).max().unwrap_or(0)).collect();
+    let header = shown.iter().map(|index| R::COLUMNS[*index].0.to_owned()).collect();
+    let rows = rows.iter().map(|row| {
+        let mut cells = row.cells();
+        shown.iter().map(|index| std::mem::take(&mut cells[*index])).collect()
+    });
+    let lines: Vec<Vec<String>> = std::iter::once(header).chain(rows).collect();
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..shown.len()).map(width).collect();
     let mut text = String::new();
     for line in &lines {
         let begin = text.len();
-        for index in &shown {
+        for (cell, width) in line.iter().zip(&widths) {
             // One line a row, whatever an error message has in it.
-            let cell = &line[*index];
             text.extend(cell.chars().map(|c| if matches!(c, '\n' | '\r') { ' ' } else { c }));
-            text.extend(std::iter::repeat_n(' ', widths[*index] - cell.chars().count() + 2));
+            text.extend(std::iter::repeat_n(' ', width - cell.chars().count() + 2));
         }
         text.truncate(begin + text[begin..].trim_end().len());
         text.push('\n');
