@@ -722,3 +722,13 @@ fn a_flake_is_written_once_with_a_role_of_ones_own() {
     node.fails(4, &["init", &dir, "--role", "cache"], &["flake.nix is there already", "nothing was written"]);
     node.fails(2, &["init", "--role", "gateway"], &["one of mvm's own"]);
 }
+
+#[test]
+fn only_the_built_in_image_has_parts_to_refresh() {
+    let node = Node::with_fleet();
+    node.ok(&["pool", "build", "acme/web", "--refresh"]);
+    node.ok(&["init", node.path("images").to_str().unwrap(), "--role", "cache"]);
+    let flake = format!("path:{}", node.path("images").display());
+    node.ok(&["pool", "create", "acme/cache", "--role", "cache", "--profile", "base", "--flake-ref", &flake]);
+    node.fails(2, &["pool", "build", "acme/cache", "--refresh"], &["--refresh is about the built-in image"]);
+}

@@ -19,7 +19,7 @@ use crate::vm::error::LifecycleError;
 use crate::vm::instance::{StateName, StopMode};
 use crate::vm::node::Node;
 use crate::vm::pool::role::Roles;
-use crate::vm::pool::{Limits, PoolSpec};
+use crate::vm::pool::{BUILTIN, Limits, PoolSpec};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -103,6 +103,9 @@ pub enum PoolCommand {
         /// How large the image may be, in MiB
         #[arg(long, default_value_t = Limits::default().disk_mib, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
         max_image_mib: u64,
+        /// Take the distribution's newest kernel and busybox for the built-in image, instead of those that this node has
+        #[arg(long)]
+        refresh: bool,
     },
     /// List the images that a pool had, the newest first
     #[command(after_help = "Example:\n  mvm pool revisions acme/web -o wide")]
@@ -213,7 +216,10 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             counts.sleeping = sleeping.unwrap_or(counts.sleeping);
             Ok(())
         })?,
-        PoolCommand::Build { pool, timeout, silence_timeout, max_processes, max_mem_mib, max_image_mib } => {
+        PoolCommand::Build { pool, timeout, silence_timeout, max_processes, max_mem_mib, max_image_mib, refresh } => {
+            if refresh {
+                refresh_parts(globals, &node.pool(&pool)?.spec)?;
+            }
             let limits = Limits {
                 time: timeout,
                 silence: silence_timeout,
@@ -268,6 +274,16 @@ fn check(pool: &PoolAddress, spec: &PoolSpec) -> Result<(), CliError> {
         return Ok(());
     }
     Err(CliError::new(Exit::Usage, InvalidDocument { problems }.to_string()))
+}
+
+/// Forgets what the built-in image is made of, so that the build that follows takes the newest.
+fn refresh_parts(globals: &Globals, spec: &PoolSpec) -> Result<(), CliError> {
+    if spec.flake_ref != BUILTIN {
+        let text = format!("--refresh is about the built-in image, and the pool's is from {}", spec.flake_ref);
+        return Err(CliError::new(Exit::Usage, text));
+    }
+    crate::image::builtin::refresh(&globals.paths().images())
+        .map_err(|error| CliError::new(Exit::Failed, crate::vm::error::with_causes(&error)))
 }
 
 /// What is declared in one tenant.

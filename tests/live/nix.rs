@@ -373,7 +373,7 @@ fn a_build_that_takes_too_much_is_ended_with_everything_it_started() {
             "77701",
             &["--silence-timeout", "2s"],
             5,
-            "it said nothing for 2 s; its last words: \"begun\"",
+            "it said nothing for 2 s, and `mvm pool build --silence-timeout` allows more; its last words: \"begun\"",
         );
         ended("setsid sleep 77702 & while :; do echo on; sleep 0.1; done", "77702", &["--timeout", "3s"], 5, "was ended after 3 s");
         ended(

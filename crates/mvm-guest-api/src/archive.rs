@@ -212,8 +212,80 @@ impl Drop for Staging {
     }
 }
 
+/// The size of a tar block, in bytes (POSIX.1-1988 ustar).
+const BLOCK: usize = 512;
+/// The longest name that a header of its own gives, in bytes: twice `PATH_MAX`.
+const MOST_NAME: u64 = 8192;
+
+/// A tar stream whose headers are looked at before the reader of the archive sees them.
+///
+/// That reader takes a name that has an entry of its own into memory, however long it is said to be. Such entries are capped here, and
+/// those that could give the next one another size than its header says are refused: [`pack`] writes none of them.
+struct Guarded<R> {
+    inner: R,
+    header: [u8; BLOCK],
+    /// How many bytes of the header are there, and how many were passed on.
+    have: usize,
+    passed: usize,
+    /// What is left of the entry's body with its padding.
+    left: u64,
+}
+
+impl<R: Read> Guarded<R> {
+    fn new(inner: R) -> Self {
+        Self { inner, header: [0; BLOCK], have: 0, passed: 0, left: 0 }
+    }
+
+    fn next_header(&mut self) -> io::Result<()> {
+        (self.have, self.passed) = (0, 0);
+        while self.have < BLOCK {
+            match self.inner.read(&mut self.header[self.have..])? {
+                0 => return Ok(()),
+                read => self.have += read,
+            }
+        }
+        if self.header.iter().all(|byte| *byte == 0) {
+            return Ok(());
+        }
+        let header = Header::from_byte_slice(&self.header);
+        let size = header.entry_size()?;
+        match header.entry_type() {
+            EntryType::GNULongName | EntryType::GNULongLink if size > MOST_NAME => {
+                return Err(refused(format!("a name of {size} bytes is longer than {MOST_NAME}")));
+            }
+            kind @ (EntryType::XHeader | EntryType::XGlobalHeader | EntryType::GNUSparse) => {
+                return Err(refused(format!("an entry is a {kind:?}, and only files, directories and links are unpacked")));
+            }
+            _ => {}
+        }
+        self.left = size.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| refused(format!("an entry has {size} bytes")))?;
+        Ok(())
+    }
+}
+
+impl<R: Read> Read for Guarded<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        if self.passed == self.have {
+            if self.left > 0 {
+                let most = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+                let read = self.inner.read(&mut buffer[..most])?;
+                self.left -= read as u64;
+                return Ok(read);
+            }
+            self.next_header()?;
+        }
+        let read = buffer.len().min(self.have - self.passed);
+        buffer[..read].copy_from_slice(&self.header[self.passed..self.passed + read]);
+        self.passed += read;
+        Ok(read)
+    }
+}
+
 fn unpack_below(reader: impl Read, directory: &Path) -> io::Result<Copied> {
-    let mut archive = Archive::new(reader);
+    let mut archive = Archive::new(Guarded::new(reader));
     archive.set_preserve_permissions(false);
     archive.set_preserve_ownerships(false);
     archive.set_unpack_xattrs(false);
@@ -279,6 +351,32 @@ mod tests {
         let mut bytes = Vec::new();
         pack(path, &mut bytes).unwrap();
         bytes
+    }
+
+    #[test]
+    fn a_name_without_end_is_refused_before_it_is_read() {
+        let long = |kind: EntryType, size: u64| {
+            let mut header = Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(size);
+            header.set_cksum();
+            header.as_bytes().as_slice().to_vec()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        for kind in [EntryType::GNULongName, EntryType::GNULongLink, EntryType::XHeader, EntryType::XGlobalHeader, EntryType::GNUSparse] {
+            let stream = long(kind, 1 << 40);
+            let error = unpack(stream.as_slice().chain(io::repeat(b'x')), dir.path()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{kind:?}: {error}");
+        }
+        // A long name that is one is as good as a short one.
+        let name = "n".repeat(200);
+        fs::create_dir(dir.path().join("from")).unwrap();
+        fs::write(dir.path().join("from").join(&name), "x").unwrap();
+        let mut stream = Vec::new();
+        pack(&dir.path().join("from"), &mut stream).unwrap();
+        fs::create_dir(dir.path().join("to")).unwrap();
+        unpack(stream.as_slice(), &dir.path().join("to")).unwrap();
+        assert_eq!(fs::read(dir.path().join("to/from").join(&name)).unwrap(), b"x");
     }
 
     #[test]
