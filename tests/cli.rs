@@ -714,7 +714,11 @@ fn a_flake_is_written_once_with_a_role_of_ones_own() {
     node.ok(&["pool", "create", "acme/cache", "--role", "cache", "--profile", "base", "--flake-ref", &flake]);
     assert_eq!(node.json(&["pool", "info", "acme/cache"])["role"], "cache");
     assert!(node.ok(&["pool", "list", "acme"]).contains("cache"));
-    node.fails(2, &["pool", "create", "acme/other", "--role", "cahce", "--profile", "base", "--flake-ref", &flake], &["did you mean cache?"]);
+    node.fails(
+        2,
+        &["pool", "create", "acme/other", "--role", "cahce", "--profile", "base", "--flake-ref", &flake],
+        &["did you mean cache?"],
+    );
     node.fails(4, &["init", &dir, "--role", "cache"], &["flake.nix is there already", "nothing was written"]);
     node.fails(2, &["init", "--role", "gateway"], &["one of mvm's own"]);
 }
