@@ -190,7 +190,7 @@ pub fn observe(node: &Node) -> Result<Observed, LifecycleError> {
     let mut roles = Roles::default();
     for doc in tenants.values().flat_map(|tenant: &ObservedTenant| tenant.pools.values()).map(|pool| &pool.doc) {
         if let Some(traits) = &doc.traits {
-            roles.learn(&doc.spec.flake_ref, doc.spec.role, traits.clone());
+            roles.learn(&doc.spec.flake_ref, doc.spec.role, traits);
         }
     }
     Ok(Observed {
@@ -298,6 +298,11 @@ fn observe_pools(
 
 /// What the pool's instances are not started with, or not at all; secrets are only looked at where something needs one.
 fn not_enabled(node: &Node, tenant: &TenantDoc, doc: &PoolDoc) -> Result<Vec<String>, LifecycleError> {
+    let has_needs = doc.spec.workload.as_ref().is_some_and(|workload| !workload.secrets.is_empty())
+        || doc.traits.as_ref().is_some_and(|traits| traits.services.iter().any(|service| !service.secrets.is_empty()));
+    if !has_needs && tenant.secrets_epoch == 0 {
+        return Ok(Vec::new());
+    }
     let traits = doc.role_traits();
     let services = traits.services.iter().map(|service| (service.unit.as_str(), service.secrets.as_slice()));
     let workload = doc.spec.workload.iter().map(|workload| ("workload", workload.secrets.as_slice()));

@@ -126,7 +126,7 @@ mod tests {
         let ids = |roles: &Roles| bring_up_order(&pools, roles).iter().map(|pool| pool.pool_id.to_string()).collect::<Vec<_>>();
         assert_eq!(ids(&Roles::default()), ["gw", "redis", "web"]);
         let mut roles = Roles::default();
-        roles.learn("builtin", cache, RoleTraits { priority: 7, ..RoleTraits::built_in(cache) });
+        roles.learn("builtin", cache, &RoleTraits { priority: 7, ..RoleTraits::built_in(cache) });
         assert_eq!(ids(&roles), ["gw", "web", "redis"]);
     }
 

@@ -109,7 +109,7 @@ pub struct ApplyOptions<'a> {
 pub fn look(node: &Node, desired: &DesiredState, retry: Retry) -> Result<(Observed, Plan), ReconcileError> {
     let mut observed = observe(node)?;
     check_against(desired, &observed)?;
-    roles::learn(node, desired, &mut observed.roles)?;
+    roles::learn(node, desired, &observed.tenants, &mut observed.roles)?;
     admit(desired, &node.id, node.node_doc()?.admitted.as_ref())?;
     let plan = plan(desired, &observed, &node.clock().now(), retry);
     Ok((observed, plan))

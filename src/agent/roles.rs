@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use mvm_types::{ProfileName, Role, RoleError};
+use mvm_types::{ProfileName, Role, RoleError, TenantId};
 
 use crate::agent::desired::{DesiredState, InvalidDocument, Problem};
+use crate::agent::observe::ObservedTenant;
 use crate::vm::error::with_causes;
 use crate::vm::node::Node;
 use crate::vm::pool::nix_manifest::ManifestError;
@@ -14,9 +15,17 @@ use crate::vm::sleep_policy;
 
 /// Reads the manifests of the flakes that a document names, each once, and holds its pools against them.
 ///
+/// A pool that is there already, declared as before, keeps what its role meant when its manifest cannot be used any more: one tenant's
+/// broken flake holds up nobody else, and its build says what is wrong.
+///
 /// # Errors
 /// Every problem, with its place in the document.
-pub fn learn(node: &Node, desired: &DesiredState, roles: &mut Roles) -> Result<(), InvalidDocument> {
+pub fn learn(
+    node: &Node,
+    desired: &DesiredState,
+    there: &BTreeMap<TenantId, ObservedTenant>,
+    roles: &mut Roles,
+) -> Result<(), InvalidDocument> {
     type Known<'a> = BTreeMap<(&'a str, Role, &'a ProfileName), Result<Option<RoleTraits>, (&'static str, String)>>;
     let mut known: Known<'_> = BTreeMap::new();
     let mut problems = Vec::new();
@@ -25,10 +34,11 @@ pub fn learn(node: &Node, desired: &DesiredState, roles: &mut Roles) -> Result<(
             let found = known.entry((&pool.flake_ref, pool.role, &pool.profile)).or_insert_with(|| read(node, pool));
             let mut problem = |field: String, what: String| problems.push(Problem::new(format!("tenants[{t}].pools[{p}].{field}"), what));
             match found {
+                Err(_) if is_there(there, &tenant.tenant_id, pool) => {}
                 Err((field, why)) => problem((*field).to_owned(), why.clone()),
                 Ok(traits) => {
                     if let Some(traits) = traits {
-                        roles.learn(&pool.flake_ref, pool.role, traits.clone());
+                        roles.learn(&pool.flake_ref, pool.role, traits);
                     }
                     for (field, what) in demands(pool, &roles.of(pool)) {
                         problem(field, what);
@@ -40,10 +50,20 @@ pub fn learn(node: &Node, desired: &DesiredState, roles: &mut Roles) -> Result<(
     if problems.is_empty() { Ok(()) } else { Err(InvalidDocument { problems }) }
 }
 
+/// Tells whether a pool is there with the same flake, role and profile.
+fn is_there(there: &BTreeMap<TenantId, ObservedTenant>, tenant: &TenantId, pool: &PoolSpec) -> bool {
+    let known = there.get(tenant).and_then(|tenant| tenant.pools.get(&pool.pool_id));
+    known.is_some_and(|known| {
+        let spec = &known.doc.spec;
+        (&spec.flake_ref, spec.role, &spec.profile) == (&pool.flake_ref, pool.role, &pool.profile)
+    })
+}
+
 fn read(node: &Node, pool: &PoolSpec) -> Result<Option<RoleTraits>, (&'static str, String)> {
     match node.images().role_traits(pool) {
-        // The check of the document alone has refused it already.
-        Ok(None) if !pool.role.is_built_in() && pool.flake_ref != BUILTIN => {
+        // For the built-in image the check of the document alone has refused it already; where a flake is not on this host, its build says
+        // whether it defines the role.
+        Ok(None) if !pool.role.is_built_in() && pool.flake_ref != BUILTIN && node.images().is_here(&pool.flake_ref) => {
             Err(("role", format!("{}, and the flake has no manifest that defines it", RoleError::unknown(pool.role))))
         }
         Ok(traits) => Ok(traits),

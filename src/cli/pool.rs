@@ -1,5 +1,6 @@
 //! `mvm pool`.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -188,7 +189,7 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
                 let mut with_it = declared_in(node, &pool.tenant)?;
                 with_it.tenants.iter_mut().for_each(|tenant| tenant.pools.push(new.clone()));
                 let with_it = as_a_document(&with_it)?;
-                crate::agent::roles::learn(node, &with_it, &mut Roles::default())
+                crate::agent::roles::learn(node, &with_it, &BTreeMap::new(), &mut Roles::default())
                     .map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
             }
             node.pool_create(&pool.tenant, role, new)?;

@@ -88,6 +88,9 @@ pub fn current(images: &Path, agent: &Path) -> Option<mvm_types::RevisionId> {
 /// # Errors
 /// When they cannot be removed.
 pub fn refresh(images: &Path) -> Result<(), ImageError> {
+    if !images.is_dir() {
+        return Ok(());
+    }
     let _lock = lock(images)?;
     for parts in [PARTS, super::builder::DIRECTORY].map(|name| images.join(name)) {
         match fs::remove_dir_all(&parts) {

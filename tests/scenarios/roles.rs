@@ -123,6 +123,24 @@ fn what_a_manifest_lacks_or_does_not_allow_is_refused_with_its_place() {
 }
 
 #[test]
+fn a_manifest_that_breaks_holds_up_nobody_else_and_its_pools_run_on() {
+    let (world, broken) = (World::new(), flake(MANIFEST));
+    let desired = mixed(broken.path(), "");
+    world.ready(&desired);
+    fs::write(broken.path().join("mvm-profiles.toml"), "[meta]\nversion = 2\n").unwrap();
+    let mut more = desired.clone();
+    let mut other = fleet("running = 1", "running = 1").tenants.remove(0);
+    other.tenant_id = "beta".parse().unwrap();
+    other.network.tenant_net_id = 8.try_into().unwrap();
+    other.network.ipv4_subnet = "10.240.8.0/24".parse().unwrap();
+    more.tenants.push(other);
+    world.pass(&more);
+    assert_eq!(world.states("beta/web"), [1, 0, 0]);
+    assert_eq!(world.states("acme/aredis"), [1, 0, 0]);
+    assert_eq!(world.observe().tenants["acme"].pools["aredis"].doc.role_traits().priority, 1);
+}
+
+#[test]
 fn a_manifest_that_changes_changes_what_the_role_means() {
     let (world, flake) = (World::new(), flake(MANIFEST));
     let desired = mixed(flake.path(), "");

@@ -204,7 +204,7 @@ impl Planner<'_> {
                 let action = Action::CreatePool { pool: pool.clone(), spec: spec.clone().into() };
                 ready = vec![needs(self.step(action, "declared", new_pool.to_vec()))];
             }
-            Some(observed) if observed.doc.spec != *spec || observed.doc.role_traits() != *self.observed.roles.of(spec) => {
+            Some(observed) if observed.doc.spec != *spec || self.observed.roles.say_else(spec, &observed.doc) => {
                 let why = match observed.doc.spec == *spec {
                     true => format!("the manifest says something else of role {}", spec.role),
                     false => changed_fields(&observed.doc.spec, spec),

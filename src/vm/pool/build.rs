@@ -153,6 +153,11 @@ pub trait ImageSource: Send + Sync {
     /// When the manifest is not right, or lacks the role or the profile.
     fn role_traits(&self, spec: &PoolSpec) -> Result<Option<RoleTraits>, ImageError>;
 
+    /// Tells whether a flake lies on this host, where its manifest can be read without fetching it.
+    fn is_here(&self, flake_ref: &str) -> bool {
+        Reference::locate(flake_ref).is_ok_and(|reference| reference.directory().is_some())
+    }
+
     /// Finds a built image and checks that it is whole, as far as sizes tell.
     fn open(&self, revision: &RevisionId) -> Result<Image, ImageError>;
 

@@ -1,5 +1,6 @@
 //! The pool's declaration and its document.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use mvm_types::{PoolAddress, PoolId, ProfileName, RevisionId, Role, SecretName, TenantId};
@@ -278,8 +279,8 @@ impl PoolDoc {
     }
 
     /// Returns what its role means.
-    pub fn role_traits(&self) -> RoleTraits {
-        self.traits.clone().unwrap_or_else(|| RoleTraits::built_in(self.spec.role))
+    pub fn role_traits(&self) -> Cow<'_, RoleTraits> {
+        self.traits.as_ref().map_or_else(|| Cow::Owned(RoleTraits::built_in(self.spec.role)), Cow::Borrowed)
     }
 }
 

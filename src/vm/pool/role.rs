@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mvm_types::{Role, SecretName};
 use serde::{Deserialize, Serialize};
 
-use super::config::PoolSpec;
+use super::config::{PoolDoc, PoolSpec};
 pub use crate::net::Protocol;
 
 /// The highest place in the order that a manifest can give.
@@ -140,25 +140,40 @@ impl RoleTraits {
 
 /// What the roles of the pools that are planned mean.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Roles(BTreeMap<(String, Role), RoleTraits>);
+pub struct Roles(BTreeMap<String, BTreeMap<Role, RoleTraits>>);
 
 impl Roles {
     /// Learns what a role means in a flake.
-    pub fn learn(&mut self, flake_ref: &str, role: Role, traits: RoleTraits) {
-        self.0.insert((flake_ref.to_owned(), role), traits);
+    pub fn learn(&mut self, flake_ref: &str, role: Role, traits: &RoleTraits) {
+        match self.0.get_mut(flake_ref) {
+            // A thousand pools of one flake say the same.
+            Some(roles) if roles.get(&role) == Some(traits) => {}
+            Some(roles) => drop(roles.insert(role, traits.clone())),
+            None => drop(self.0.insert(flake_ref.to_owned(), BTreeMap::from([(role, traits.clone())]))),
+        }
+    }
+
+    fn learned(&self, spec: &PoolSpec) -> Option<&RoleTraits> {
+        self.0.get(&spec.flake_ref)?.get(&spec.role)
     }
 
     /// What the role of a pool means.
     pub fn of(&self, spec: &PoolSpec) -> Cow<'_, RoleTraits> {
-        match self.0.get(&(spec.flake_ref.clone(), spec.role)) {
-            Some(traits) => Cow::Borrowed(traits),
-            None => Cow::Owned(RoleTraits::built_in(spec.role)),
+        self.learned(spec).map_or_else(|| Cow::Owned(RoleTraits::built_in(spec.role)), Cow::Borrowed)
+    }
+
+    /// Tells whether the role of a pool means something else than is written down of it.
+    pub fn say_else(&self, spec: &PoolSpec, doc: &PoolDoc) -> bool {
+        match (self.learned(spec), &doc.traits) {
+            (None, None) => false,
+            (Some(now), Some(then)) => now != then,
+            (Some(one), None) | (None, Some(one)) => *one != RoleTraits::built_in(spec.role),
         }
     }
 
     /// The place of a pool in the order: lower comes up earlier and goes to sleep later.
     pub fn priority(&self, spec: &PoolSpec) -> u16 {
-        if self.0.is_empty() { role_priority(spec.role) } else { self.of(spec).priority }
+        self.learned(spec).map_or_else(|| role_priority(spec.role), |traits| traits.priority)
     }
 }
 
