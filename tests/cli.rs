@@ -732,3 +732,15 @@ fn only_the_built_in_image_has_parts_to_refresh() {
     node.ok(&["pool", "create", "acme/cache", "--role", "cache", "--profile", "base", "--flake-ref", &flake]);
     node.fails(2, &["pool", "build", "acme/cache", "--refresh"], &["--refresh is about the built-in image"]);
 }
+
+#[test]
+fn a_new_node_gets_the_id_that_documents_are_for() {
+    let node = Node::new();
+    let file = node.file("fleet.toml", format!("node_id = \"rack3\"\n{FLEET}"));
+    node.fails(2, &["plan", "-f", &file], &["this node is unborn", "mvm node init --id rack3"]);
+    node.ok(&["node", "init", "--id", "rack3"]);
+    node.ok(&["node", "init", "--id", "rack3"]);
+    node.ok(&["apply", "-f", &file]);
+    node.fails(4, &["node", "init", "--id", "other"], &["this node is rack3 already"]);
+    assert_eq!(node.json(&["node", "info"])["node"], "rack3");
+}

@@ -1,11 +1,12 @@
 //! `mvm node`.
 
 use clap::Subcommand;
+use mvm_types::NodeId;
 use serde::Serialize;
 
 use super::CliResult;
 use super::exit::{CliError, Exit};
-use super::open::{Globals, Intent, open};
+use super::open::{Globals, Intent, open_as};
 use crate::agent::observe::observe;
 use crate::host::HostFacts;
 use crate::infra::display::print_info;
@@ -17,6 +18,13 @@ use crate::vm::node::Node;
 pub enum NodeCommand {
     /// Show what this host is and what it can run
     Info,
+    /// Give a node that is new an id of your choice, which documents with `node_id` are for
+    #[command(after_help = "Example:\n  mvm node init --id rack3-host7\n\nWithout it the first change gives the node an id of its own.")]
+    Init {
+        /// The id
+        #[arg(long, value_name = "ID")]
+        id: NodeId,
+    },
     /// Show what the instances of this host use
     Stats,
     /// Remove images that nothing uses and no pool got lately, and what killed builds left
@@ -61,9 +69,18 @@ struct NodeStats {
 
 /// Carries out a verb.
 pub fn run(globals: &Globals, command: &NodeCommand) -> CliResult {
-    let intent = if matches!(command, NodeCommand::Gc { .. }) { Intent::Change } else { Intent::Look };
-    let opened = open(globals, intent)?;
+    let (intent, wanted) = match command {
+        NodeCommand::Info | NodeCommand::Stats => (Intent::Look, None),
+        NodeCommand::Gc { .. } => (Intent::Change, None),
+        NodeCommand::Init { id } => (Intent::Change, Some(id)),
+    };
+    let opened = open_as(globals, intent, wanted)?;
     match command {
+        NodeCommand::Init { id } if opened.node.id != *id => {
+            let text = format!("this node is {} already, and keeps its id for its life", opened.node.id);
+            return Err(CliError::new(Exit::Refused, text));
+        }
+        NodeCommand::Init { .. } => {}
         NodeCommand::Info => info(globals, &opened.node)?,
         NodeCommand::Stats => stats(globals, &opened.node)?,
         NodeCommand::Gc { older_than, dry_run } => {

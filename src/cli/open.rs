@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
+use mvm_types::NodeId;
 
 use super::exit::{CliError, Exit};
 use crate::audit::Audit;
@@ -201,6 +202,11 @@ pub enum Intent {
 
 /// Opens the node.
 pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
+    open_as(globals, intent, None)
+}
+
+/// Opens the node, whose id is the given one if it has none yet.
+pub fn open_as(globals: &Globals, intent: Intent, wanted: Option<&NodeId>) -> Result<Opened, CliError> {
     let paths = globals.paths();
     let store: Arc<dyn DocumentStore> = Arc::new(FileStore::new(paths.state().to_owned(), paths.run().join("locks")));
     let documents = Documents::new(store.clone());
@@ -223,6 +229,9 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
             rest = &mut rest[got..];
         }
     });
+    if let (Some(_), Intent::Change) = (wanted, intent) {
+        Node::ensure_id(&documents, &*random, wanted)?;
+    }
     let sealer = Arc::new(NodeSealer::new(paths.state().to_owned()));
     let uids = if rustix::process::geteuid().is_root() { VmmUids::PerInstance } else { VmmUids::Own };
     let open = |paths, seams| match intent {
@@ -266,7 +275,7 @@ pub fn open(globals: &Globals, intent: Intent) -> Result<Opened, CliError> {
     let id = match (id, intent) {
         (Some(id), _) => id,
         (None, Intent::Look) => Node::unborn(),
-        (None, Intent::Change) => Node::ensure_id(&documents, &*random)?,
+        (None, Intent::Change) => Node::ensure_id(&documents, &*random, None)?,
     };
     let seams = Seams {
         documents,

@@ -132,7 +132,7 @@ impl Node {
     pub fn open(paths: Paths, seams: Seams, uids: VmmUids) -> Result<Self, LifecycleError> {
         let id = match seams.documents.read::<NodeDoc>(keys::NODE)? {
             Some(doc) => doc.node_id,
-            None => Self::ensure_id(&seams.documents, &*seams.random)?,
+            None => Self::ensure_id(&seams.documents, &*seams.random, None)?,
         };
         Ok(Self {
             id,
@@ -181,11 +181,15 @@ impl Node {
         Ok(Some(format!("the node {} is gone, and there are tenants: restore it from a backup; {REBUILD_NODE}", raw.place(keys::NODE))))
     }
 
-    /// Returns the node's id, which a new state directory gets here.
+    /// Returns the node's id, which a new state directory gets here: the one that is wanted, or one of its own.
     ///
     /// # Errors
     /// When there is none and there are tenants: their bridges and machines bear the id of a node that they would be taken from.
-    pub fn ensure_id(documents: &Documents, random: &(dyn Fn(&mut [u8]) + Send + Sync)) -> Result<NodeId, LifecycleError> {
+    pub fn ensure_id(
+        documents: &Documents,
+        random: &(dyn Fn(&mut [u8]) + Send + Sync),
+        wanted: Option<&NodeId>,
+    ) -> Result<NodeId, LifecycleError> {
         let _guard = documents.raw().lock(keys::NODE, Wait::Until(Instant::now() + LOCK_PATIENCE))?;
         if let Some(doc) = documents.read::<NodeDoc>(keys::NODE)? {
             return Ok(doc.node_id);
@@ -193,9 +197,11 @@ impl Node {
         if let Some(why) = Self::lost_node_doc(documents)? {
             return Err(LifecycleError::Refused { what: "take a new node id".to_owned(), why });
         }
-        let mut bits = [0; 4];
-        random(&mut bits);
-        let node_id: NodeId = format!("n{:08x}", u32::from_be_bytes(bits)).parse().expect("n and eight hex digits are a node id");
+        let node_id = wanted.cloned().unwrap_or_else(|| {
+            let mut bits = [0; 4];
+            random(&mut bits);
+            format!("n{:08x}", u32::from_be_bytes(bits)).parse().expect("n and eight hex digits are a node id")
+        });
         let doc = NodeDoc { version: NodeDoc::VERSION, node_id: node_id.clone(), retired_net_ids: BTreeMap::new(), admitted: None };
         documents.write(keys::NODE, &doc)?;
         Ok(node_id)

@@ -97,7 +97,7 @@ fn node(rig: &Rig) -> Node {
     let clock = Arc::new(SystemClock::new());
     let random =
         |bytes: &mut [u8]| fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, bytes)).unwrap();
-    let id = Node::ensure_id(&documents, &random).unwrap();
+    let id = Node::ensure_id(&documents, &random, None).unwrap();
     let qemu = QemuOptions {
         binary: mvm::cli::open::find_qemu(),
         facts_file: paths.run().join("qemu.json"),

@@ -9,7 +9,7 @@ use crate::vm::node::Admitted;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AdmissionError {
     /// It is for another node.
-    #[error("node_id: the document is for {wanted}, this node is {here}")]
+    #[error("node_id: the document is for {wanted}, this node is {here}{}", if here.as_str() == "unborn" { format!(", new and without an id; `mvm node init --id {wanted}` gives it one") } else { String::new() })]
     OtherNode {
         /// The document's node.
         wanted: NodeId,
