@@ -737,7 +737,7 @@ fn only_the_built_in_image_has_parts_to_refresh() {
 fn a_new_node_gets_the_id_that_documents_are_for() {
     let node = Node::new();
     let file = node.file("fleet.toml", format!("node_id = \"rack3\"\n{FLEET}"));
-    node.fails(2, &["plan", "-f", &file], &["this node is unborn", "mvm node init --id rack3"]);
+    node.fails(4, &["plan", "-f", &file], &["has no id yet", "mvm node init --id rack3"]);
     node.ok(&["node", "init", "--id", "rack3"]);
     node.ok(&["node", "init", "--id", "rack3"]);
     node.ok(&["apply", "-f", &file]);

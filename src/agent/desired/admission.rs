@@ -9,7 +9,7 @@ use crate::vm::node::Admitted;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AdmissionError {
     /// It is for another node.
-    #[error("node_id: the document is for {wanted}, this node is {here}{}", if here.as_str() == "unborn" { format!(", new and without an id; `mvm node init --id {wanted}` gives it one") } else { String::new() })]
+    #[error("node_id: the document is for {wanted}, {}", whose(.here, .wanted))]
     OtherNode {
         /// The document's node.
         wanted: NodeId,
@@ -27,6 +27,13 @@ pub enum AdmissionError {
     /// It is another one of the same generation.
     #[error("generation: another document of generation {0} has been admitted already; give a changed document a higher generation")]
     Changed(u64),
+}
+
+fn whose(here: &NodeId, wanted: &NodeId) -> String {
+    match here.as_str() {
+        "unborn" => format!("and this node is new and has no id yet; `mvm node init --id {wanted}` gives it that"),
+        here => format!("this node is {here}"),
+    }
 }
 
 /// Checks a document against this node and what it admitted last; returns what to remember, when there is something new.
