@@ -1,6 +1,5 @@
 //! `mvm pool`.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -19,7 +18,6 @@ use crate::infra::display::{PoolInfo, PoolRow, print_info, print_rows};
 use crate::vm::error::LifecycleError;
 use crate::vm::instance::{StateName, StopMode};
 use crate::vm::node::Node;
-use crate::vm::pool::role::Roles;
 use crate::vm::pool::{BUILTIN, Limits, PoolSpec};
 
 /// The verbs.
@@ -188,9 +186,8 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             if node.pool(&pool).is_err() {
                 let mut with_it = declared_in(node, &pool.tenant)?;
                 with_it.tenants.iter_mut().for_each(|tenant| tenant.pools.push(new.clone()));
-                let with_it = as_a_document(&with_it)?;
-                crate::agent::roles::learn(node, &with_it, &BTreeMap::new(), &mut Roles::default())
-                    .map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
+                as_a_document(&with_it)?;
+                crate::agent::roles::check(node, &new).map_err(|problems| CliError::new(Exit::Usage, problems))?;
             }
             node.pool_create(&pool.tenant, role, new)?;
             Exit::Done

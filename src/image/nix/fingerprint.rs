@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,6 +16,8 @@ use super::{Reference, git_index};
 
 /// The most files of a flake.
 const MOST_FILES: usize = 200_000;
+/// The most bytes of a flake's files: nix copies all of them into its store.
+const MOST_BYTES: u64 = 2 << 30;
 /// How deep directories may lie in each other.
 const MOST_DEPTH: usize = 64;
 /// The largest index or reference of git that is read, in bytes.
@@ -149,6 +151,7 @@ fn sources(root: &Path, mut files: Vec<PathBuf>, kind: &str, seen: &mut Seen) ->
     hasher.update(kind.as_bytes());
     let mut still = BTreeMap::new();
     let mut there = Vec::with_capacity(files.len());
+    let mut left = MOST_BYTES;
     for file in files {
         let path = root.join(&file);
         let wrong = |error: io::Error| format!("{}: {error}", path.display());
@@ -164,6 +167,11 @@ fn sources(root: &Path, mut files: Vec<PathBuf>, kind: &str, seen: &mut Seen) ->
             // A submodule, which nix leaves out.
             continue;
         } else if meta.is_file() {
+            // Before any of it is read: it may be a hole of terabytes.
+            left = left.checked_sub(meta.len()).ok_or_else(|| {
+                let (root, most) = (root.display(), MOST_BYTES >> 20);
+                format!("{root} has more than {most} MiB with {}; move what is no source out of the flake", file.display())
+            })?;
             let hash = content_hash(&file, &path, &meta, now, seen, &mut still).map_err(wrong)?;
             (if meta.mode() & 0o100 == 0 { "file" } else { "program" }, hash)
         } else {
@@ -202,7 +210,7 @@ fn content_hash(
         }
     }
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(fs::File::open(path)?)?;
+    hasher.update_reader(fs::File::open(path)?.take(meta.len()))?;
     as_seen.blake3 = hasher.finalize().to_hex().to_string();
     let hash = as_seen.blake3.clone();
     if now - as_seen.mtime_ns.max(as_seen.ctime_ns) > SETTLED_NS {
@@ -387,6 +395,36 @@ mod tests {
         assert_eq!(fingerprint_of(&other), committed, "the same commit without changes, in another work tree");
         let missing = Reference::Git { root: dir.path().into(), dir: None, branch: Some("none".into()), rev: None };
         assert!(fingerprint(&missing, &mut Seen::default()).unwrap_err().contains("no branch or tag \"none\""));
+    }
+
+    #[test]
+    fn an_index_that_does_not_list_all_files_is_refused_with_what_makes_it_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let git = |args: &[&str]| {
+            let output = Command::new("git").arg("-C").arg(dir.path()).args(args).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+        };
+        git(&["init", "-q", "--object-format=sha256", "-b", "main"]);
+        fs::write(dir.path().join("flake.nix"), "{}").unwrap();
+        git(&["add", "flake.nix"]);
+        let reference = Reference::Git { root: dir.path().into(), dir: None, branch: None, rev: None };
+        let whole = fingerprint_of(&reference);
+        fs::write(dir.path().join("flake.nix"), "{ }").unwrap();
+        assert_ne!(fingerprint_of(&reference), whole);
+        git(&["update-index", "--split-index"]);
+        let refused = fingerprint(&reference, &mut Seen::default()).unwrap_err();
+        assert!(refused.contains("git update-index --no-split-index"), "{refused}");
+        git(&["update-index", "--no-split-index"]);
+        assert_ne!(fingerprint_of(&reference), whole);
+    }
+
+    #[test]
+    fn a_flake_that_is_too_large_is_refused_before_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::File::create(dir.path().join("hole")).unwrap().set_len(7 << 40).unwrap();
+        let reference = Reference::Path { dir: dir.path().into() };
+        let refused = fingerprint(&reference, &mut Seen::default()).unwrap_err();
+        assert!(refused.contains("more than 2048 MiB with hole"), "{refused}");
     }
 
     #[test]

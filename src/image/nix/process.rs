@@ -74,7 +74,9 @@ impl<'a> Run<'a> {
         let (setpriv, unshare) = (find("setpriv", "util-linux")?, find("unshare", "util-linux")?);
         let mut command = Command::new(setpriv);
         command.args(["--pdeathsig", "KILL"]).arg(unshare).args(["--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--"]);
-        command.arg(nix).args(["--extra-experimental-features", "nix-command flakes"]).args(args);
+        command.arg(nix).args(["--extra-experimental-features", "nix-command flakes"]);
+        // A line without an end is held in nix's memory until then.
+        command.args(["--option", "max-log-size", &self.limits.log_bytes.to_string()]).args(args);
         // With a daemon the builders would be the daemon's children, out of reach.
         command.env_remove("NIX_REMOTE").env("TMPDIR", self.tmp).env("LC_ALL", "C.UTF-8").env("NO_COLOR", "1");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use mvm_types::RevisionId;
@@ -245,7 +246,7 @@ impl NodeImages {
         };
         let (name, traits) = match NixManifest::load(&source.tree)? {
             Some(manifest) => {
-                let traits = manifest.role_requirements(spec.role)?.clone();
+                let traits = Arc::new(manifest.role_requirements(spec.role)?.clone());
                 (manifest.resolve(spec.role, &spec.profile)?.attribute, Some(traits))
             }
             None => (format!("tenant-{}", spec.profile), None),
@@ -651,7 +652,7 @@ impl ImageSource for SimulatedImages {
             took_ms: 0,
             builder: None,
             fingerprint: None,
-            traits: role_traits(spec)?,
+            traits: role_traits(spec)?.map(Arc::new),
         })
     }
 

@@ -1,5 +1,6 @@
 //! Pools come, change, get their image, and go.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mvm_types::{InstanceAddress, PoolAddress, Role, TenantId};
@@ -58,7 +59,7 @@ impl Node {
             return Err(LifecycleError::Exists { kind: "pool", name: pool.to_string() });
         }
         quotas.check_pools(tenant, self.pools(tenant)?.len() + 1)?;
-        let traits = self.images().role_traits(&PoolSpec { role, ..spec.clone() })?;
+        let traits = self.images().role_traits(&PoolSpec { role, ..spec.clone() })?.map(Arc::new);
         // Of a pool whose document is gone: what they are stays.
         let there = self.pool_instances(&pool, &mut Vec::new())?;
         if let Some(other) = there.iter().find(|doc| doc.role != role) {
@@ -93,7 +94,7 @@ impl Node {
             return Err(LifecycleError::Refused { what: format!("make {pool} a {}", spec.role), why });
         }
         if let Some(traits) = self.images().role_traits(&spec)? {
-            doc.traits = Some(traits);
+            doc.traits = Some(Arc::new(traits));
         } else if spec.flake_ref != doc.spec.flake_ref {
             doc.traits = None;
         }
