@@ -1,0 +1,5 @@
+//! A server that keeps what it was asked, and microVMs to ask for. Each test program uses a part of it.
+#![allow(dead_code)]
+
+pub mod server;
+pub mod values;
