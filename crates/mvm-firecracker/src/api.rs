@@ -324,7 +324,7 @@ impl Api<Running> {
         self.set_state(VmState::Paused)
     }
 
-    /// Asks the guest to shut down; Firecracker ends when it has. A guest without a keyboard driver does not notice.
+    /// Asks the guest to restart, which ends Firecracker. A guest without a driver for an i8042 keyboard does not notice.
     ///
     /// # Errors
     /// When the call fails.
@@ -342,10 +342,11 @@ impl Api<Paused> {
         self.set_state(VmState::Resumed)
     }
 
-    /// Writes memory and state to files. The microVM stays, and may go on.
+    /// Writes memory and state to files. The microVM stays, and may go on. The guest drops its vsock connections, of which
+    /// the host's ends notice nothing: whoever has one is to connect anew after [`Api::resume`].
     ///
     /// # Errors
-    /// When the call fails; the files may be there in part.
+    /// When the call fails; the files may be there in part, and nothing tells them from whole ones.
     pub fn create_snapshot(&mut self, body: &SnapshotCreate) -> Result<(), ApiError> {
         self.connection.tell(&Request::put("/snapshot/create", body), Limit::Snapshot)
     }

@@ -9,7 +9,7 @@ pub enum ActionType {
     FlushMetrics,
     /// Boot the guest.
     InstanceStart,
-    /// Press Ctrl+Alt+Del on the guest's keyboard: a guest with an i8042 driver shuts down.
+    /// Press Ctrl+Alt+Del on the guest's keyboard, if it has a driver for an i8042.
     SendCtrlAltDel,
 }
 

@@ -10,7 +10,7 @@ pub struct BootSource {
     /// The initrd, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd_path: Option<String>,
-    /// The kernel's command line, at most 2,047 bytes; Firecracker has one of its own when it is absent.
+    /// The kernel's command line, at most 2,047 bytes with what Firecracker adds; Firecracker has one of its own when it is absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub boot_args: Option<String>,
 }

@@ -17,7 +17,7 @@ pub enum LogLevel {
 /// The body of `PUT /logger`. What is absent stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Logger {
-    /// A file or named pipe that exists or can be made.
+    /// A file or named pipe; Firecracker's standard output when absent. A file that is there is written over from its start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_path: Option<String>,
     /// What is written; [`LogLevel::Info`] when absent.

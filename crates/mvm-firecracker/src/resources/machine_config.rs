@@ -43,7 +43,7 @@ pub struct MachineConfiguration {
     /// Whether diff snapshots can be made; not when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub track_dirty_pages: Option<bool>,
-    /// What the guest sees of the CPU; all of it when absent.
+    /// What the guest sees of the CPU; all of it when absent. Deprecated by Firecracker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
     /// What is behind its memory; [`HugePages::None`] when absent.

@@ -16,9 +16,10 @@ pub enum SnapshotType {
 /// The body of `PUT /snapshot/create`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotCreate {
-    /// Where memory goes; not the file that this microVM's memory is mapped from.
+    /// Where memory goes. A file that is there and has the size of memory is written in place: a [`SnapshotType::Diff`]
+    /// into a full one makes it the next full one.
     pub mem_file_path: String,
-    /// Where the state of vCPUs and devices goes.
+    /// Where the state of vCPUs and devices goes; written before memory.
     pub snapshot_path: String,
     /// Which pages.
     pub snapshot_type: SnapshotType,

@@ -2,4 +2,6 @@
 #![allow(dead_code)]
 
 pub mod server;
+pub mod spec;
+pub mod strategies;
 pub mod values;
