@@ -104,7 +104,7 @@ pub(super) fn spec(
     let open = |source| HostError::Io { what: format!("cannot open {}", root.display()), source };
     let root = OwnedFd::from(File::open(root).map_err(open)?);
     let nic = match network {
-        Some(network) => Some(Nic { tap: node.host().create_builder_tap(network, uid)?, mac: network.mac().0 }),
+        Some(network) => Some(Nic { tap: node.host().create_builder_tap(network, uid)?, tap_name: network.tap(), mac: network.mac().0 }),
         None => None,
     };
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_VCPUS));
@@ -129,6 +129,7 @@ pub(super) fn spec(
         console_log: dir.join("console.log"),
         vmm_log: dir.join("vmm.log"),
         run_dir: dir,
+        scratch: None,
         lifetime: Lifetime::WithCaller,
     })
 }

@@ -545,7 +545,7 @@ impl Locked<'_> {
         let image = self.node.images().open(&revision)?;
         // After a reboot of the host nothing is known of its abilities.
         vmm.prepare(&image.kernel)?;
-        manifest.check_conditions(&self.node.id, &self.doc, &vmm.stamp()?)?;
+        manifest.check_conditions(&self.node.id, &self.doc, &vmm.stamp_for(&manifest.stamp)?)?;
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
         let dir = self.node.paths.snapshot(&self.at);
@@ -553,7 +553,7 @@ impl Locked<'_> {
         let restored = std::thread::scope(|scope| {
             let check = scope.spawn(|| manifest.check_files(&dir));
             self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
-            let vm = Machine { instance: self }.spec(&image).and_then(|spec| Ok(vmm.restore(spec, &dir)?));
+            let vm = Machine { instance: self }.spec(&image).and_then(|spec| Ok(vmm.restore(spec, &dir, &manifest.stamp)?));
             let checked = check.join().expect("checking hashes does not panic");
             Ok::<_, LifecycleError>(match (vm, checked) {
                 (Ok(vm), Ok(())) => Ok(vm),
