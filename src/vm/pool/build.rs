@@ -253,6 +253,7 @@ impl NodeImages {
         };
         let attribute = format!("packages.{SYSTEM}.{name}");
         let sources = before.as_ref().unwrap_or(&source.locked);
+            None if !spec.role.is_built_in() => return Err(ManifestError::Missing { role: spec.role }.into()),
         let exact = key(&["attribute", &declared, sources, &attribute]);
         let _turn = self.turn(&exact, &attribute, *watch)?;
         if let Some(known) = self.known(&exact) {
@@ -831,6 +832,25 @@ mod tests {
         assert!(fs::read_to_string(bench.dir.path().join("log")).unwrap().contains("mvm: the build of"));
         bench.builder.fails.store(false, Ordering::SeqCst);
         bench.builder.delivers_no_kernel.store(true, Ordering::SeqCst);
+    #[test]
+    fn a_role_that_left_its_manifest_is_refused_as_where_a_pool_is_made() {
+        let bench = Bench::new();
+        bench.write("nix/any.nix", "{ }");
+        let manifest =
+            "[meta]\nversion = 1\n[profiles.minimal]\nmodule = \"nix/any.nix\"\n[roles.cache]\nmodule = \"nix/any.nix\"\npriority = 0\n";
+        bench.write("mvm-profiles.toml", manifest);
+        let built = bench.build("cache").unwrap();
+        assert_eq!(built.traits.unwrap().priority, 0);
+        fs::remove_file(bench.dir.path().join("flake/mvm-profiles.toml")).unwrap();
+        let error = bench.build("cache").unwrap_err();
+        let refused = crate::vm::error::with_causes(&error);
+        assert!(refused.contains(&mvm_types::RoleError::unknown("cache".parse().unwrap()).to_string()), "{refused}");
+        assert!(refused.ends_with(", and the flake has no manifest that defines it") && !error.retry_can_help(), "{refused}");
+        // A worker is one without a manifest too.
+        assert_eq!(bench.build("worker").unwrap().traits, None);
+        assert_eq!(bench.asked().len(), 2);
+    }
+
         let said = crate::vm::error::with_causes(&bench.build("worker").unwrap_err());
         assert!(said.contains("yields no image: vmlinux is missing"), "{said}");
         assert_eq!(left(), 0);
