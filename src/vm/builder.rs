@@ -16,7 +16,7 @@
 
 mod conversation;
 mod machine;
-mod result;
+pub mod result;
 mod watchman;
 
 use std::path::{Path, PathBuf};
@@ -193,6 +193,7 @@ mod tests {
         let job = |mem_mib| Job {
             flake_ref: "path:/f".into(),
             tree: "/f".into(),
+            shown: "path:/f".into(),
             attribute: "a".into(),
             limits: crate::image::nix::Limits { mem_mib, ..Default::default() },
         };

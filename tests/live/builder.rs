@@ -155,7 +155,14 @@ fn build(
     let into = rig.path("into");
     let _ = fs::remove_dir_all(&into);
     fs::create_dir(&into).unwrap();
-    let job = Job { flake_ref: format!("path:{}", tree.display()), tree: tree.to_owned(), attribute: attribute.into(), limits };
+    // As a build of a pool gives it: a copy has another name than the flake.
+    let job = Job {
+        flake_ref: "path:/work/tree".into(),
+        shown: format!("path:{}", tree.display()),
+        tree: tree.to_owned(),
+        attribute: attribute.into(),
+        limits,
+    };
     let begun = Instant::now();
     let outcome = VmBuilder::new(node, Egress::None).build(&job, &into, follow);
     eprintln!("took {:?}: {outcome:?}", begun.elapsed());
@@ -374,7 +381,13 @@ fn a_build_reaches_what_is_outside_and_nothing_else() {
             });
             let into = rig.path("into");
             fs::create_dir(&into).unwrap();
-            let job = Job { flake_ref: "path:/f".into(), tree: tree.clone(), attribute: ATTRIBUTE.into(), limits: limits() };
+            let job = Job {
+                flake_ref: "path:/f".into(),
+                shown: "path:/f".into(),
+                tree: tree.clone(),
+                attribute: ATTRIBUTE.into(),
+                limits: limits(),
+            };
             VmBuilder::new(&node, Egress::Internet("acme".parse().unwrap())).build(&job, &into, &*follow).unwrap();
             assert_eq!(probe.join().unwrap(), (String::new(), String::new()));
         });

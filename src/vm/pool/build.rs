@@ -228,11 +228,14 @@ impl NodeImages {
             return Ok(self.retold(known, spec, before));
         }
         let work = Work::make(&builds)?;
+        let begun_fetching = Instant::now();
         let mut tries = 0;
         let source = loop {
             let dir = work.path.join(format!("source-{tries}"));
             fs::create_dir(&dir).map_err(BuildError::at(&dir))?;
-            let source = image::nix::fetch(&reference, "the flake's sources", builder.kind(), &dir, limits, *watch)?;
+            let left = Limits { time: limits.time.saturating_sub(begun_fetching.elapsed()), ..limits.clone() };
+            let source = image::nix::fetch(&reference, "the flake's sources", builder.kind(), &dir, &left, *watch)
+                .map_err(|error| error.of_whole_time(limits.time))?;
             // What was fetched is what the fingerprint is of, unless somebody changed it meanwhile.
             let after = self.look(&reference).map_err(unreachable)?;
             if after == before {
@@ -244,16 +247,17 @@ impl NodeImages {
                 return Err(unreachable("it changes all the time while it is read".into()).into());
             }
         };
+        let fetched = begun_fetching.elapsed();
         let (name, traits) = match NixManifest::load(&source.tree)? {
             Some(manifest) => {
                 let traits = Arc::new(manifest.role_requirements(spec.role)?.clone());
                 (manifest.resolve(spec.role, &spec.profile)?.attribute, Some(traits))
             }
+            None if !spec.role.is_built_in() => return Err(ManifestError::Missing { role: spec.role }.into()),
             None => (format!("tenant-{}", spec.profile), None),
         };
         let attribute = format!("packages.{SYSTEM}.{name}");
         let sources = before.as_ref().unwrap_or(&source.locked);
-            None if !spec.role.is_built_in() => return Err(ManifestError::Missing { role: spec.role }.into()),
         let exact = key(&["attribute", &declared, sources, &attribute]);
         let _turn = self.turn(&exact, &attribute, *watch)?;
         if let Some(known) = self.known(&exact) {
@@ -265,12 +269,19 @@ impl NodeImages {
         }
         let into = work.path.join("out");
         fs::create_dir(&into).map_err(BuildError::at(&into))?;
-        let job =
-            Job { flake_ref: source.flake_ref.clone(), tree: source.tree.clone(), attribute: attribute.clone(), limits: limits.clone() };
+        let job = Job {
+            flake_ref: source.flake_ref.clone(),
+            shown: declared.clone(),
+            tree: source.tree.clone(),
+            attribute: attribute.clone(),
+            // One time for both; others' turns are not this build's.
+            limits: Limits { time: limits.time.saturating_sub(fetched), ..limits.clone() },
+        };
         watch.line(&format!("building {name} of {}", source.locked));
         let recorder = Recorder { watch: *watch, record: std::sync::Mutex::default() };
         let built = builder
             .build(&job, &into, &recorder)
+            .map_err(|error| error.of_whole_time(limits.time))
             .and_then(|provenance| Ok((provenance, FlakeImage::adopt(&into, &self.images, &attribute)?)));
         if let Some(log) = &request.log {
             recorder.save(log, built.as_ref().err());
@@ -822,17 +833,6 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_leaves_nothing_and_can_be_tried_again() {
-        let bench = Bench::new();
-        let left = || {
-            fs::read_dir(bench.dir.path().join("images")).unwrap().filter(|entry| entry.as_ref().unwrap().file_name() != ".builds").count()
-        };
-        bench.builder.fails.store(true, Ordering::SeqCst);
-        assert!(!bench.build("worker").unwrap_err().retry_can_help());
-        assert!(fs::read_to_string(bench.dir.path().join("log")).unwrap().contains("mvm: the build of"));
-        bench.builder.fails.store(false, Ordering::SeqCst);
-        bench.builder.delivers_no_kernel.store(true, Ordering::SeqCst);
-    #[test]
     fn a_role_that_left_its_manifest_is_refused_as_where_a_pool_is_made() {
         let bench = Bench::new();
         bench.write("nix/any.nix", "{ }");
@@ -851,6 +851,17 @@ mod tests {
         assert_eq!(bench.asked().len(), 2);
     }
 
+    #[test]
+    fn what_fails_leaves_nothing_and_can_be_tried_again() {
+        let bench = Bench::new();
+        let left = || {
+            fs::read_dir(bench.dir.path().join("images")).unwrap().filter(|entry| entry.as_ref().unwrap().file_name() != ".builds").count()
+        };
+        bench.builder.fails.store(true, Ordering::SeqCst);
+        assert!(!bench.build("worker").unwrap_err().retry_can_help());
+        assert!(fs::read_to_string(bench.dir.path().join("log")).unwrap().contains("mvm: the build of"));
+        bench.builder.fails.store(false, Ordering::SeqCst);
+        bench.builder.delivers_no_kernel.store(true, Ordering::SeqCst);
         let said = crate::vm::error::with_causes(&bench.build("worker").unwrap_err());
         assert!(said.contains("yields no image: vmlinux is missing"), "{said}");
         assert_eq!(left(), 0);
