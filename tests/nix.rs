@@ -191,6 +191,24 @@ fn the_host_starts_commands_that_mvm_understands() {
 }
 
 #[test]
+/// What builds need of the host is tried by `tests/live/nix.rs` with just these capabilities.
+#[test]
+fn the_host_grants_what_a_build_needs() {
+    let units = Nix::new().evaluate("restrictions", &[]).unwrap();
+    assert_eq!(keys(&units), ["mvm-apply", "mvm-reconcile"].map(str::to_owned).into());
+    for (name, unit) in units.as_object().unwrap() {
+        let words = |key: &str| unit[key].as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect::<Vec<_>>();
+        assert!(words("CapabilityBoundingSet").contains(&"CAP_SYS_ADMIN".to_owned()), "{name}");
+        // `clone` and `unshare` of nix's sandbox (its LocalDerivationGoal::startBuilder) and of mvm itself.
+        assert_eq!(words("RestrictNamespaces"), ["ipc", "mnt", "net", "pid", "user", "uts"], "{name}");
+        assert_eq!(words("ReadWritePaths"), ["/nix"], "{name}");
+        assert_eq!(words("path"), ["nix", "gitMinimal", "util-linux"], "{name}");
+        // The sandbox sets a hostname, by a call that this would refuse.
+        assert!(unit.get("ProtectHostname").is_none() && unit.get("SystemCallFilter").is_none(), "{name}");
+        assert_eq!(unit["ProtectSystem"], "strict", "{name}");
+    }
+}
+
 fn declarations_come_to_units_drives_and_an_image() {
     let guest = Nix::new().evaluate("guest", &[]).unwrap();
     assert_eq!(guest["agent"], "notify");

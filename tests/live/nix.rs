@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -282,6 +283,45 @@ fn a_repository_and_a_directory_in_it_are_flakes() {
         build(rig);
         git(&["add", "."]);
         assert!(rig.fails(1, &["pool", "build", "acme/web"]).contains("mvm-profiles.toml:1:"));
+    });
+}
+
+/// A command with the capabilities that the NixOS module gives to its units, and no more.
+pub fn restricted(rig: &Rig, args: &[&str]) -> Command {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let evaluated = Command::new("nix-instantiate")
+        .args(["--eval", "--strict", "--json", "nix/tests/eval.nix", "-A", "restrictions.mvm-apply.CapabilityBoundingSet"])
+        .current_dir(root)
+        .env("NIX_STATE_DIR", rig.path("nix-state"))
+        .output()
+        .expect("nix-instantiate runs; install the Debian package nix-bin");
+    assert!(evaluated.status.success(), "{}", String::from_utf8_lossy(&evaluated.stderr));
+    let capabilities: Vec<String> = serde_json::from_slice(&evaluated.stdout).unwrap();
+    let bounds = capabilities.iter().map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase())).collect::<String>();
+    let mvm = rig.mvm(args);
+    let mut command = rig.command("setpriv", &["--no-new-privs", &format!("--bounding-set=-all{bounds}")]);
+    command.arg(mvm.get_program()).args(mvm.get_args());
+    command
+}
+
+#[test]
+fn a_host_with_nixos_may_do_what_a_build_in_the_sandbox_needs() {
+    on_a_host(0, |rig| {
+        // Users for builds, as NixOS has them.
+        for (name, line) in [("passwd", "nixbld1:x:30001:30000::/var/empty:/bin/false\n"), ("group", "nixbld:x:30000:nixbld1\n")] {
+            let (place, whole) = (format!("/etc/{name}"), fs::read_to_string(format!("/etc/{name}")).unwrap());
+            let own = rig.file(name, format!("{}\n{line}", whole.trim_end()));
+            crate::wire::run("mount", &["--bind", &own, &place]);
+        }
+        let flake = Flake::small(rig, "flake");
+        flake.builds("tenant-minimal", &format!("id -u; [ $$ -lt 10 ] && [ ! -e {} ] && {COPY}", flake.dir.display()));
+        rig.apply(&pool(&flake.reference(), "running = 0"));
+        let mut command = restricted(rig, &["pool", "build", "acme/web"]);
+        command
+            .env("NIX_CONFIG", "substituters =\nbuild-users-group = nixbld\nsandbox = true\nextra-sandbox-paths = /bin /usr /lib /lib64\n");
+        let ran = finish(command.spawn().unwrap(), "mvm pool build");
+        assert!(ran.status.success(), "{}", ran.err);
+        assert!(revision(rig).is_some());
     });
 }
 

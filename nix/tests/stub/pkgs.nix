@@ -45,6 +45,7 @@ let
     "squashfsTools"
     "systemd"
   ];
+    "util-linux"
 
   # Texts are evaluated with what holds them.
   text = name: content: package name { text = builtins.seq (builtins.stringLength content) content; };
