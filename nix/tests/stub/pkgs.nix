@@ -33,6 +33,7 @@ let
     "e2fsprogs"
     "erofs-utils"
     "gitMinimal"
+    "gnutar"
     "iproute2"
     "jq"
     "makeWrapper"
@@ -44,8 +45,8 @@ let
     "rustfmt"
     "squashfsTools"
     "systemd"
-  ];
     "util-linux"
+  ];
 
   # Texts are evaluated with what holds them.
   text = name: content: package name { text = builtins.seq (builtins.stringLength content) content; };
