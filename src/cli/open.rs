@@ -38,7 +38,7 @@ pub struct Globals {
     /// How QEMU executes guests; `auto` takes KVM where a guest boots with it, and software (TCG) elsewhere
     #[arg(long, global = true, env = "MVM_ACCEL", default_value = "auto", value_name = "ACCEL", help_heading = "Global options")]
     pub accel: AccelChoice,
-    /// Where flakes are built; `auto` takes this host while it has at most one tenant, and a microVM otherwise
+    /// Where flakes are built; `auto` takes this host for its only tenant, and a microVM otherwise
     #[arg(long, global = true, env = "MVM_BUILDER", default_value = "auto", value_name = "BUILDER", help_heading = "Global options")]
     pub builder: WhichBuilder,
     /// What a microVM reaches that builds a flake: nothing, which is enough for a flake without inputs, or what lies outside of the
@@ -84,7 +84,7 @@ pub enum AccelChoice {
 /// Where flakes are built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WhichBuilder {
-    /// This host while it has at most one tenant, else a microVM
+    /// This host for its only tenant, else a microVM
     Auto,
     /// This host, with its own nix
     Host,

@@ -9,16 +9,16 @@ use std::time::{Duration, SystemTime};
 use mvm::agent::desired::DesiredState;
 use mvm::agent::plan::{Action, Retry};
 use mvm::agent::reconciler::{Applied, look};
-use mvm::image::nix::{BuildError, FlakeImage};
+use mvm::image::nix::{BuildError, BuilderKind, FlakeImage};
 use mvm::vm::collect::Collect;
 use mvm::vm::pool::role::RoleTraits;
 use mvm::vm::pool::{
-    BuildOptions, BuildRequest, Image, ImageError, ImageSource, LastBuild, Limits, NodeImages, Origin, PoolDoc, PoolSpec, Quiet,
-    SimulatedImages, StoredImage,
+    BuildOptions, BuildRequest, BuilderChoice, Image, ImageError, ImageSource, LastBuild, Limits, NodeImages, Origin, PoolDoc, PoolSpec,
+    Quiet, SimulatedImages, StoredImage,
 };
 use mvm_types::{PoolAddress, RevisionId};
 
-use crate::world::{World, toml};
+use crate::world::{World, apply_on, toml};
 
 /// Flakes that change and fail when a test says so.
 #[derive(Default)]
@@ -34,6 +34,8 @@ struct State {
     built: BTreeMap<String, Origin>,
     /// How often something was really built, or tried to be.
     builds: u32,
+    /// Where each flake was built.
+    builders: BTreeMap<String, BuilderKind>,
     images: BTreeSet<RevisionId>,
 }
 
@@ -55,6 +57,7 @@ impl ImageSource for Flakes {
     fn ensure(&self, request: &BuildRequest<'_>) -> Result<Origin, ImageError> {
         let spec = request.spec;
         let mut state = self.state.lock().unwrap();
+        state.builders.insert(spec.flake_ref.clone(), request.builder.kind());
         let key = format!("{} {}", spec.flake_ref, state.sources);
         if let Some(origin) = state.built.get(&key).filter(|origin| state.images.contains(&origin.revision)) {
             return Ok(origin.clone());
@@ -199,9 +202,30 @@ fn a_first_build_that_fails_holds_only_those_that_need_it() {
     assert!(report.failed().count() >= 1);
     assert_eq!(world.states("acme/web"), [0, 0, 0]);
     assert_eq!(world.states("beta/web"), [0, 0, 0]);
+    for pool in ["acme/web", "beta/web"] {
+        let failure = world.node().pool(&pool.parse().unwrap()).unwrap().failure.expect("both say why they have no image");
+        assert_eq!((failure.step.as_str(), failure.attempts), ("build image", 1), "{pool}");
+        assert!(failure.error.contains("never"), "{}", failure.error);
+    }
     flakes.fail(None);
     world.advance(600);
     world.ready(&desired);
+}
+
+#[test]
+fn the_host_builds_for_the_only_tenant_and_for_nobody_when_another_comes() {
+    let built = |desired: &DesiredState| {
+        let (world, flakes) = world();
+        let mut node = world.node();
+        node.builder = BuilderChoice::Auto;
+        assert_eq!(apply_on(&node, desired, 4).unwrap(), Applied::Ready);
+        let builders = flakes.state.lock().unwrap().builders.clone();
+        builders.into_values().collect::<BTreeSet<_>>()
+    };
+    let both = fleet(1);
+    assert_eq!(built(&both), BTreeSet::from([BuilderKind::Vm]));
+    let alone = DesiredState { tenants: vec![both.tenants[0].clone()], ..both };
+    assert_eq!(built(&alone), BTreeSet::from([BuilderKind::Host]));
 }
 
 #[test]
@@ -317,7 +341,7 @@ fn an_interrupted_build_is_no_failure_of_the_pool() {
     world.images = Arc::new(Interrupted);
     world.ready(&fleet(0));
     let pool: PoolAddress = "acme/web".parse().unwrap();
-    let options = BuildOptions { watch: &Quiet, limits: Limits::default() };
+    let options = BuildOptions { watch: &Quiet, limits: Limits::default(), others_come: false };
     assert!(world.node().pool_build(&pool, &options).is_err());
     assert_eq!(world.node().pool(&pool).unwrap().failure, None);
 }

@@ -1,5 +1,6 @@
 //! Every test, and one line that says how many passed.
 
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::build::{Profile, guest_agent};
@@ -11,6 +12,8 @@ use crate::{fuzz, setup};
 
 /// The test program with real microVMs and the real network.
 const LIVE: &str = "live";
+/// What says where Firecracker's API definition is, and where it is looked for when nothing says so.
+const FIRECRACKER_SPEC: (&str, &str) = ("MVM_FIRECRACKER_SPEC", "../shared/firecracker/firecracker-api-1.17.yaml");
 /// How long each fuzz target runs.
 const FUZZ_SECONDS: u32 = 30;
 
@@ -37,6 +40,9 @@ pub fn run(selection: &Selection) -> Result<(), String> {
     }
     for (name, mut command) in runners(selection, everything) {
         let begun = tally;
+        if let Some(spec) = firecracker_spec() {
+            command.env(FIRECRACKER_SPEC.0, spec);
+        }
         let result = phase(name, || {
             let mut heard = Tally::default();
             let status = overhear(command.env("MVM_GUEST_AGENT", &agent), |line| heard.hear(line))?;
@@ -94,6 +100,13 @@ fn runners(selection: &Selection, everything: bool) -> Vec<(&'static str, Comman
         runners.push(("tests in the documentation", cargo(["test", "--workspace", "--doc", "--no-fail-fast"])));
     }
     runners
+}
+
+/// The definition, when nobody said where it is and it is in its place.
+fn firecracker_spec() -> Option<PathBuf> {
+    let (name, place) = FIRECRACKER_SPEC;
+    let spec = crate::workspace::root().join(place);
+    (std::env::var_os(name).is_none() && spec.is_file()).then_some(spec)
 }
 
 fn filtered(mut tests: Command, selection: &Selection) -> Command {

@@ -113,7 +113,7 @@ pub trait BuildWatch: Sync {
 }
 
 /// Where flakes are built.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BuilderKind {
     /// On this host, with its own nix.

@@ -266,7 +266,7 @@ pub struct PoolDoc {
     /// When it was made.
     pub created: Moment,
     /// What its role means by the manifest of its flake; none where it is one of mvm's own without a manifest.
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "role::shared")]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "role::shared")]
     pub traits: Option<Arc<RoleTraits>>,
     /// What last went wrong with its image, until it goes right.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -49,7 +49,7 @@ pub struct Origin {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<String>,
     /// What the pool's role means by the flake's manifest; none without one.
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "role::shared")]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "role::shared")]
     pub traits: Option<Arc<RoleTraits>>,
 }
 

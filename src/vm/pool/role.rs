@@ -1,7 +1,7 @@
 //! What a role means: its place in the order, the drives it needs, what it may expose, and what is on in its guests.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mvm_types::{Role, SecretName};
@@ -141,27 +141,38 @@ impl RoleTraits {
     }
 }
 
-/// How many texts of traits are remembered; a node has a few flakes with a few roles each.
-const MOST_REMEMBERED: usize = 1024;
+/// Traits as documents hold them: in one line, and one for all pools that hold the same line.
+pub(super) mod shared {
+    use super::{Arc, BTreeMap, Deserialize, Deserializer, Error, Mutex, PoisonError, RawValue, RoleTraits, Serialize};
 
-/// Reads a document's traits: the pools of a flake hold the same text, which is parsed once and shared.
-///
-/// # Errors
-/// When they are no traits.
-pub fn shared<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<RoleTraits>>, D::Error> {
-    static KNOWN: Mutex<Option<HashMap<Box<str>, Arc<RoleTraits>>>> = Mutex::new(None);
-    let Some(raw) = Option::<Box<RawValue>>::deserialize(deserializer)? else { return Ok(None) };
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = known.get_or_insert_default();
-    if let Some(traits) = known.get(raw.get()) {
-        return Ok(Some(traits.clone()));
+    /// How many lines are remembered; a node has a few flakes with a few roles each.
+    const MOST_REMEMBERED: usize = 1024;
+
+    /// Writes them in one line, whatever is around it.
+    pub fn serialize<S: serde::Serializer>(traits: &Option<Arc<RoleTraits>>, serializer: S) -> Result<S::Ok, S::Error> {
+        let line = traits.as_ref().map(serde_json::value::to_raw_value).transpose().map_err(serde::ser::Error::custom)?;
+        line.serialize(serializer)
     }
-    let traits: Arc<RoleTraits> = Arc::new(serde_json::from_str(raw.get()).map_err(D::Error::custom)?);
-    if known.len() == MOST_REMEMBERED {
-        known.clear();
+
+    /// Reads them; a line that was read before is not parsed again.
+    ///
+    /// # Errors
+    /// When they are no traits.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<RoleTraits>>, D::Error> {
+        // Few and alike in their beginnings at most: compared faster than hashed.
+        static KNOWN: Mutex<BTreeMap<Box<str>, Arc<RoleTraits>>> = Mutex::new(BTreeMap::new());
+        let Some(raw) = Option::<Box<RawValue>>::deserialize(deserializer)? else { return Ok(None) };
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(traits) = known.get(raw.get()) {
+            return Ok(Some(traits.clone()));
+        }
+        let traits: Arc<RoleTraits> = Arc::new(serde_json::from_str(raw.get()).map_err(D::Error::custom)?);
+        if known.len() == MOST_REMEMBERED {
+            known.clear();
+        }
+        known.insert(raw.get().into(), traits.clone());
+        Ok(Some(traits))
     }
-    known.insert(raw.get().into(), traits.clone());
-    Ok(Some(traits))
 }
 
 /// What the roles of the pools that are planned mean.
@@ -228,7 +239,7 @@ mod tests {
     fn documents_share_traits_that_read_the_same() {
         #[derive(Debug, PartialEq, Serialize, Deserialize)]
         struct Doc {
-            #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "shared")]
+            #[serde(default, skip_serializing_if = "Option::is_none", with = "shared")]
             traits: Option<Arc<RoleTraits>>,
         }
         let doc = Doc { traits: Some(Arc::new(RoleTraits { min_running: 3, ..RoleTraits::built_in(Role::Gateway) })) };
