@@ -423,6 +423,16 @@ fn sources_for_a_microvm_are_fetched_without_looking_into_them() {
         assert!(!ran.exists(), "git ran what the repository names");
         let other = fetch(&format!("git+file://{}?rev={}", flake.dir.display(), "0".repeat(40)), "none", Limits::default());
         assert!(other.unwrap_err().contains("git cannot read"));
+        // Somebody else's work tree that says it belongs to this repository, which is for its owner's eyes only.
+        let objects = flake.dir.join(".git/objects");
+        fs::set_permissions(&objects, fs::Permissions::from_mode(0o700)).unwrap();
+        fetch(&format!("git+file://{}?rev={commit}", flake.dir.display()), "private", Limits::default()).unwrap();
+        let thief = rig.path("thief");
+        fs::create_dir(&thief).unwrap();
+        fs::write(thief.join(".git"), format!("gitdir: {}", flake.dir.join(".git").display())).unwrap();
+        crate::wire::run("chown", &["-R", "12346:12346", thief.to_str().unwrap()]);
+        let stolen_commit = fetch(&format!("git+file://{}?rev={commit}", thief.display()), "stolen", Limits::default());
+        assert!(stolen_commit.unwrap_err().contains("git cannot read"));
         // The host's nix would have git read it, which git refuses.
         rig.apply(&pool(&format!("git+file://{}?ref=main", flake.dir.display()), "running = 0"));
         let mut build = rig.mvm(&["pool", "build", "acme/web"]);

@@ -48,7 +48,7 @@ enum Form {
 pub(super) fn export(run: &Run<'_>, root: &Path, commit: &str, scratch: &Path, mut tree: Tree<'_>) -> Result<(), Trouble> {
     let git = git_dir(root).map_err(Trouble::Sources)?;
     let objects = common_dir(&git).map_err(Trouble::Sources)?.join("objects");
-    let owner = fs::metadata(&git).map_err(|error| Trouble::Sources(format!("{}: {error}", git.display())))?;
+    let user = owner(root, &git);
     let own = lay_out(scratch, commit.len() == SHA256).map_err(Trouble::Ended)?;
     let of = |args: &[&str], input: Option<File>, sink: &mut dyn FnMut(&[u8]) -> Result<(), BuildError>| {
         let args: Vec<&OsStr> = args.iter().map(OsStr::new).collect();
@@ -65,7 +65,6 @@ pub(super) fn export(run: &Run<'_>, root: &Path, commit: &str, scratch: &Path, m
             ("GIT_TERMINAL_PROMPT", OsStr::new("0")),
             ("HOME", own.as_os_str()),
         ];
-        let user = (owner.uid() != rustix::process::geteuid().as_raw()).then(|| User { uid: owner.uid(), gid: owner.gid() });
         let reader = Reader { program: "git", package: "git", args: &args, env: &env, input, user };
         let (status, said) = run.reader(reader, sink).map_err(Trouble::Ended)?;
         if status.success() { Ok(()) } else { Err(Trouble::Sources(format!("git cannot read {}: {said}", root.display()))) }
@@ -265,6 +264,13 @@ fn split(bytes: &[u8], left: u64) -> (&[u8], &[u8]) {
     bytes.split_at(bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX)))
 }
 
+/// Whose repository it is, if not mvm's own. A work tree may say that its repository is somebody else's: that makes it his no more.
+fn owner(root: &Path, git: &Path) -> Option<User> {
+    let me = rustix::process::geteuid().as_raw();
+    let owners = [root, git].into_iter().filter_map(|path| fs::metadata(path).ok());
+    owners.map(|meta| User { uid: meta.uid(), gid: meta.gid() }).find(|user| user.uid != me)
+}
+
 /// Says what is to be done about a repository that git refuses to read for this user.
 ///
 /// # Errors
@@ -278,8 +284,7 @@ pub(super) fn check_owner(
 ) -> Result<(), Trouble> {
     let git = git_dir(root).map_err(Trouble::Sources)?;
     let me = rustix::process::geteuid().as_raw();
-    let owner = [root, &git].into_iter().find_map(|path| fs::metadata(path).ok().map(|meta| meta.uid()).filter(|uid| *uid != me));
-    let Some(owner) = owner else { return Ok(()) };
+    let Some(User { uid: owner, .. }) = owner(root, &git) else { return Ok(()) };
     // Git knows best: it may have been told to trust the directory.
     let said = host::in_scratch(work, |scratch| {
         let run = Run::new(attribute, limits, scratch, watch);
