@@ -289,7 +289,17 @@ fn what_is_in_use_is_never_collected() {
     node.node_collect(Duration::from_secs(86_400), Collect::Remove).unwrap();
     assert_eq!(count(), 2, "what runs");
     assert!(world.pass(&fleet(1)).plan.is_settled());
-    // What cannot be read may refer to anything.
+    // What cannot be read may refer to anything; also when somebody else has moved it aside before.
+    let current = revision(&world, "acme/web").unwrap();
+    let key = format!("tenants/acme/pools/web/revisions/{current}.json");
+    let whole = world.store.raw().read(&key).unwrap().unwrap();
+    world.store.raw().write(&key, b"torn").unwrap();
+    for _ in 0..2 {
+        let refused = node.node_collect(Duration::ZERO, Collect::Remove).unwrap_err().to_string();
+        assert!(refused.contains("what is in use is not known") && refused.contains(&key), "{refused}");
+    }
+    world.store.raw().write(&key, &whole).unwrap();
+    node.node_collect(Duration::ZERO, Collect::Tell).unwrap();
     let at = world.node().pool_instances(&pool, &mut Vec::new()).unwrap()[0].at();
     world.store.raw().write(&format!("tenants/acme/pools/web/instances/{}/instance.json", at.instance), b"torn").unwrap();
     let refused = node.node_collect(Duration::ZERO, Collect::Remove).unwrap_err().to_string();
