@@ -163,6 +163,9 @@ pub(super) fn instance_row(one: &ObservedInstance, now: &Moment) -> InstanceRow 
             (state.name().to_string(), Some("its virtual machine died; the next apply starts it again".to_owned()))
         }
         (None, InstanceState::Stopped { why: StopReason::Died, .. }) => ("Stopped".to_owned(), Some("its virtual machine died".to_owned())),
+        (None, InstanceState::Stopped { why: StopReason::DiedOf(why), .. }) => {
+            ("Stopped".to_owned(), Some(format!("its virtual machine died: {why}")))
+        }
         (None, InstanceState::Stopped { why: StopReason::SnapshotLost(why), .. }) => ("Stopped".to_owned(), Some(why.clone())),
         (None, state) => (state.name().to_string(), None),
     };

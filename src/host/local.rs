@@ -238,6 +238,8 @@ impl Host for LocalHost {
     fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError> {
         if let Some(dir) = self.instance_dir(at)? {
             dir.remove_tree("snapshot")?;
+            // What a VMM that was ended while it wrote one has left of it.
+            dir.remove_tree("vmm")?;
         }
         Ok(())
     }

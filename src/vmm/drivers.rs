@@ -8,7 +8,7 @@ use mvm_types::{InstanceAddress, NodeId};
 
 use super::firecracker::{Firecracker, Verdict};
 use super::qemu::Qemu;
-use super::{Acceleration, Lifetime, Liveness, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp};
+use super::{Acceleration, Lifetime, Liveness, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind, VmmStamp};
 
 /// Which driver new machines get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,6 +170,11 @@ impl Vmm for Drivers {
 
     fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {
         self.of(vm.vmm).why_gone(vm, vmm_log)
+    }
+
+    fn take_timeline(&self) -> Vec<VmmCall> {
+        // Only one of them has one.
+        self.firecracker.take_timeline()
     }
 
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {

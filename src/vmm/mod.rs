@@ -190,6 +190,17 @@ pub struct VmStats {
     pub rss_kib: u64,
 }
 
+/// One step of a start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VmmCall {
+    /// What it was: `jail`, or a call such as `PUT /drives/root`.
+    pub what: String,
+    /// When it began, in microseconds since the start did.
+    pub began_us: u64,
+    /// How long it took, in microseconds.
+    pub took_us: u64,
+}
+
 /// The names of the files that a snapshot consists of, relative to its directory.
 pub const SNAPSHOT_FILES: [&str; 2] = ["device.state", "memory"];
 
@@ -262,6 +273,11 @@ pub trait Vmm: Send + Sync {
     fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {
         let _ = (vm, vmm_log);
         None
+    }
+
+    /// What the last start or restore by this driver consisted of, in order; forgotten afterwards. Empty where it is one step.
+    fn take_timeline(&self) -> Vec<VmmCall> {
+        Vec::new()
     }
 
     /// Returns what it uses.

@@ -381,10 +381,12 @@ impl Locked<'_> {
             Ok(ready) => Ok((vm, ready.boot_id)),
             Err(error) => {
                 let died = self.node.vmm().liveness(&vm) == Liveness::Gone;
+                let said = self.node.vmm().why_gone(&vm, &self.node.paths.vmm_log(&self.at)).filter(|_| died);
                 self.node.vmm().kill(&vm)?;
                 if died {
+                    let said = said.map_or_else(|| error.to_string(), |said| format!("{error}; {said}"));
                     let why = format!(
-                        "the virtual machine ended before its guest was ready ({error}); `mvm logs {} --source console` has its last words",
+                        "the virtual machine ended before its guest was ready ({said}); `mvm logs {} --source console` has its last words",
                         self.at
                     );
                     return Err(LifecycleError::Unready { what: format!("start {}", self.at), why });

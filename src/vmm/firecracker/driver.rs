@@ -25,7 +25,8 @@ use crate::infra::process::ProcessIdentity;
 use crate::vmm::files::{open_for_vmm, open_log};
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind,
+    VmmStamp,
 };
 
 /// How long calls may take. A busy host is slower by two orders than an idle one; a Firecracker that hangs is given up after it.
@@ -76,7 +77,7 @@ pub struct Firecracker {
     options: FirecrackerOptions,
     found: Mutex<Option<Vec<Installed>>>,
     children: Children,
-    timeline: Mutex<Vec<CallTiming>>,
+    timeline: Mutex<Vec<VmmCall>>,
 }
 
 /// What a machine is made from.
@@ -89,6 +90,8 @@ enum From<'a> {
 struct Started {
     vm: VmHandle,
     api: Api<Fresh>,
+    /// How long it took until Firecracker listened.
+    jail: Duration,
     /// The TAP, which is kept until Firecracker has it.
     tap_name: Option<String>,
     /// What the API's connections are made to, as long as there may be more of them.
@@ -113,11 +116,6 @@ impl Firecracker {
         let FirecrackerOptions { binary, versions, allow_old, facts_file, .. } = &self.options;
         let found = versions::find(binary.as_deref(), versions, *allow_old, facts_file)?;
         Ok(known.insert(found).clone())
-    }
-
-    /// The calls of the last start or wake, in order.
-    pub fn take_timeline(&self) -> Vec<CallTiming> {
-        std::mem::take(&mut *lock(&self.timeline))
     }
 
     /// Tells whether guests boot here, trying it with a kernel where that is not known.
@@ -203,10 +201,10 @@ impl Firecracker {
             huge_pages: self.options.huge_pages,
         })
         .map_err(|why| VmmError::Failed { what, why })?;
-        let Started { vm, api, tap_name, _socket } = self.start(installed, spec, From::Kernel)?;
+        let Started { vm, api, jail, tap_name, _socket } = self.start(installed, spec, From::Kernel)?;
         match api.boot(&boot) {
             Ok(mut api) => {
-                self.note(api.take_timeline());
+                self.note(jail, api.take_timeline());
                 self.let_go(what, &vm, tap_name.as_deref())?;
                 Ok(vm)
             }
@@ -217,6 +215,7 @@ impl Firecracker {
     /// Starts a Firecracker in its jail and waits until it listens.
     fn start(&self, installed: &Installed, spec: VmSpec, from: From<'_>) -> Result<Started, VmmError> {
         let what = "cannot start Firecracker";
+        let begun = Instant::now();
         self.children.reap();
         let unusable = |why: String| VmmError::Unusable { vmm: "firecracker", why };
         let jailer = installed.jailer.as_deref().ok_or_else(|| {
@@ -304,8 +303,9 @@ impl Firecracker {
         self.children.add(child);
         let vm =
             VmHandle { vmm: VmmKind::Firecracker, process, run_dir: spec.run_dir, mem_mib: spec.mem_mib, stamp: Some(stamp(installed)) };
+        let jail = begun.elapsed();
         match Api::connect_while(&by_descriptor(&socket), DEADLINES, || self.liveness(&vm) == Liveness::Alive) {
-            Ok(api) => Ok(Started { vm, api, tap_name, _socket: socket }),
+            Ok(api) => Ok(Started { vm, api, jail, tap_name, _socket: socket }),
             Err(error) => Err(self.give_up(what, &vm, error)),
         }
     }
@@ -322,8 +322,12 @@ impl Firecracker {
         Err(VmmError::Failed { what, why })
     }
 
-    fn note(&self, timeline: Vec<CallTiming>) {
-        *lock(&self.timeline) = timeline;
+    /// Keeps the calls of a start, after the making of its jail.
+    fn note(&self, jail: Duration, calls: Vec<CallTiming>) {
+        let jail_us = u64::try_from(jail.as_micros()).unwrap_or(u64::MAX);
+        let mut all = vec![VmmCall { what: "jail".into(), began_us: 0, took_us: jail_us }];
+        all.extend(calls.into_iter().map(|call| VmmCall { what: call.request, began_us: jail_us + call.began_us, took_us: call.took_us }));
+        *lock(&self.timeline) = all;
     }
 
     /// Ends a machine of which a call failed while it was made.
@@ -502,7 +506,7 @@ impl Vmm for Firecracker {
         let renewed: Vec<_> =
             renewed.map(|one| args::changed_drive(one.name)).collect::<Result<_, _>>().map_err(|why| VmmError::Failed { what, why })?;
         let tracked = spec.run_dir.join(TRACKED);
-        let Started { vm, api, tap_name, _socket } = self.start(&installed, spec, From::Snapshot { dir })?;
+        let Started { vm, api, jail, tap_name, _socket } = self.start(&installed, spec, From::Snapshot { dir })?;
         let mut api = match api.load_snapshot(&args::outputs(), &load) {
             Ok(api) => api,
             Err(failed) => return Err(self.give_up(what, &vm, failed.error)),
@@ -516,7 +520,7 @@ impl Vmm for Firecracker {
             self.kill(&vm)?;
             return Err(VmmError::Io { what: format!("cannot make {}", tracked.display()), source });
         }
-        self.note(api.take_timeline());
+        self.note(jail, api.take_timeline());
         self.let_go(what, &vm, tap_name.as_deref())?;
         Ok(vm)
     }
@@ -545,6 +549,10 @@ impl Vmm for Firecracker {
 
     fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {
         reason(&log_text(&vm.run_dir.join(args::HOST_DIR_NAME))).or_else(|| reason(&process::log_tail(vmm_log)))
+    }
+
+    fn take_timeline(&self) -> Vec<VmmCall> {
+        std::mem::take(&mut *lock(&self.timeline))
     }
 
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {
