@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -25,7 +25,7 @@ pub const PLACES: usize = 16;
 /// What the agent says when it would have powered off a guest of its own.
 const POWERED_OFF: &str = "the system is not mine to power off";
 /// How long a guest takes to end after whatever makes it end.
-const ENDING: Duration = Duration::from_millis(20);
+const ENDING: Duration = Duration::from_millis(100);
 /// The first port of the host's end of a vsock connection.
 const FIRST_PORT: u32 = 1 << 30;
 
@@ -91,10 +91,12 @@ impl Guest {
         if let Some(agent) = state.agent {
             let _ = kill_process(agent, Signal::CONT);
         } else if let Some(program) = program {
-            state.has_agent = true;
             let result = self.prepare(config).and_then(|()| self.spawn(&program, console));
             match result {
-                Ok(pid) => state.agent = Some(pid),
+                Ok(pid) => {
+                    state.has_agent = true;
+                    state.agent = Some(pid);
+                }
                 Err(error) => console.line(&format!("mvm-agent: cannot be started: {error}")),
             }
         }
@@ -131,7 +133,8 @@ impl Guest {
         let (told, tells) = std::sync::mpsc::channel();
         let mut command = self.command(program)?;
         let (output, input) = std::io::pipe()?;
-        command.stdin(Stdio::null()).stdout(input.try_clone()?).stderr(input);
+        // A jail has no /dev/null; a pipe that nobody writes to is as empty.
+        command.stdin(std::io::pipe()?.0).stdout(input.try_clone()?).stderr(input);
         let (guest, console) = (self.clone(), console.clone());
         std::thread::spawn(move || {
             let spawned = command.spawn();
@@ -190,6 +193,8 @@ impl Guest {
         for line in output.lines().map_while(Result::ok) {
             console.line(&line);
             if line.contains(POWERED_OFF) {
+                // Its answer is still on the way to whoever asked for it.
+                std::thread::sleep(ENDING);
                 break;
             }
         }

@@ -311,7 +311,11 @@ impl Machine {
         inner.memory.run();
         if inner.memory.is_whole {
             let needs_agent = !self.guest.is_started();
-            let program = if needs_agent { self.package.agent().ok().flatten() } else { None };
+            let program = if needs_agent { self.package.furnish().and_then(|()| self.package.agent()) } else { Ok(None) };
+            let program = program.unwrap_or_else(|error| {
+                inner.console.line(&format!("mvm-agent: cannot be started: {error}"));
+                None
+            });
             let drives = inner.drives.iter().filter_map(|drive| drive.path_on_host.as_ref());
             let config = drives.map(PathBuf::from).find_map(|path| config_drive::read(&path));
             self.guest.run(program, config.as_deref(), &inner.console);

@@ -26,6 +26,8 @@ pub struct Pack {
     pub to: PathBuf,
     pub agent: Option<PathBuf>,
     pub script: Option<PathBuf>,
+    /// Where the guest has a file, and the file.
+    pub files: Vec<(String, PathBuf)>,
 }
 
 /// A command line that Firecracker does not take, and how it says so.
@@ -77,7 +79,7 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Refus
             "snapshot-version" => return Ok(Command::SnapshotVersion),
             _ => {}
         }
-        let ours = ["pack", "agent", "script"].contains(&name);
+        let ours = ["pack", "agent", "script", "file"].contains(&name);
         if !ours && !VALUES.contains(&name) {
             return Err(unexpected());
         }
@@ -103,6 +105,10 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Refus
             }
             "agent" => pack.agent = Some(value.into()),
             "script" => pack.script = Some(value.into()),
+            "file" => match value.split_once('=') {
+                Some((name, path)) if name.starts_with('/') => pack.files.push((name.into(), path.into())),
+                _ => return Err(arguments_error(&format!("--file is /PATH/IN/GUEST=FILE, not {value}"), "InvalidFile")),
+            },
             _ => {}
         }
     }

@@ -1,9 +1,11 @@
-//! What a copy of this program takes along: the guest agent and a script, behind the program itself.
+//! What a copy of this program takes along: the guest agent, a script, and programs for the guest, behind the program.
 //!
-//! A jail has neither other files nor an environment. `--pack OUT --agent FILE --script FILE` writes such a copy:
+//! A jail has neither other files nor an environment. Such a copy is written by
 //!
 //! ```text
-//! the program | agent | script | length of agent (8) | length of script (8) | mark (16)
+//! fake-firecracker --pack OUT --agent FILE [--script FILE] [--file /bin/sh=FILE]…
+//!
+//! OUT: the program | the files, one after another | an index as JSON | its length (8 bytes) | a mark (16 bytes)
 //! ```
 
 use std::fs::{self, File};
@@ -17,6 +19,10 @@ use rustix::fs::MemfdFlags;
 use crate::options::Pack;
 
 const MARK: &[u8; 16] = b"mvm-fake-package";
+const TAIL: u64 = 24;
+/// Names in the index; all others are files of the guest.
+const AGENT: &str = "agent";
+const SCRIPT: &str = "script";
 /// Beside the program, for whoever packs nothing.
 const AGENT_BESIDE: &str = "mvm-guest-agent";
 const SCRIPT_BESIDE: &str = "fake-firecracker.json";
@@ -24,8 +30,7 @@ const SCRIPT_BESIDE: &str = "fake-firecracker.json";
 /// What was taken along.
 #[derive(Debug, Default)]
 pub struct Package {
-    agent: Option<Vec<u8>>,
-    script: Option<String>,
+    entries: Vec<(String, Vec<u8>)>,
     beside: Option<PathBuf>,
 }
 
@@ -43,15 +48,17 @@ impl Package {
     pub fn open() -> Self {
         let own = std::env::current_exe().ok().or_else(|| std::env::args_os().next().map(PathBuf::from)).filter(|path| path.is_file());
         let Some(own) = own else { return Self::default() };
-        let mut package = read(&own).unwrap_or_default();
-        package.beside = own.parent().map(Path::to_owned);
-        package
+        Self { entries: read(&own).unwrap_or_default(), beside: own.parent().map(Path::to_owned) }
+    }
+
+    fn entry(&self, name: &str) -> Option<&[u8]> {
+        self.entries.iter().find(|(other, _)| other == name).map(|(_, bytes)| bytes.as_slice())
     }
 
     /// The script's text: packed, of the environment, or beside the program.
     pub fn script(&self) -> Result<Option<String>, String> {
-        if let Some(script) = &self.script {
-            return Ok(Some(script.clone()));
+        if let Some(script) = self.entry(SCRIPT) {
+            return Ok(Some(String::from_utf8_lossy(script).into_owned()));
         }
         match std::env::var("FAKE_FIRECRACKER_SCRIPT") {
             Ok(text) if text.trim_start().starts_with('{') => Ok(Some(text)),
@@ -62,7 +69,7 @@ impl Package {
 
     /// The guest agent: packed, of the environment, or beside the program.
     pub fn agent(&self) -> std::io::Result<Option<AgentProgram>> {
-        if let Some(bytes) = &self.agent {
+        if let Some(bytes) = self.entry(AGENT) {
             let memory = rustix::fs::memfd_create("guest-agent", MemfdFlags::CLOEXEC)?;
             File::from(memory.try_clone()?).write_all(bytes)?;
             return Ok(Some(AgentProgram::Memory(memory)));
@@ -71,41 +78,66 @@ impl Package {
         let beside = self.beside.as_ref().map(|dir| dir.join(AGENT_BESIDE)).filter(|path| path.is_file());
         Ok(named.or(beside).map(AgentProgram::File))
     }
+
+    /// Puts the guest's files where it looks for them, which is in the jail: nothing is written where there is a `/proc`.
+    pub fn furnish(&self) -> std::io::Result<()> {
+        if Path::new("/proc").exists() {
+            return Ok(());
+        }
+        // As empty as the device that a jail does not have, for commands without input.
+        let nothing = ("/dev/null".to_owned(), Vec::new());
+        let files = self.entries.iter().filter(|(name, _)| name.starts_with('/'));
+        for (name, bytes) in files.chain([&nothing]) {
+            let path = Path::new(name);
+            if !path.exists() {
+                fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+                fs::write(path, bytes)?;
+                fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+            }
+        }
+        Ok(())
+    }
 }
 
-fn read(own: &Path) -> std::io::Result<Package> {
+fn read(own: &Path) -> std::io::Result<Vec<(String, Vec<u8>)>> {
     let mut file = File::open(own)?;
-    let mut tail = [0; 32];
-    file.seek(SeekFrom::End(-32))?;
-    file.read_exact(&mut tail)?;
-    if &tail[16..] != MARK {
-        return Ok(Package::default());
-    }
-    let length = |at: usize| u64::from_le_bytes(tail[at..at + 8].try_into().expect("eight bytes"));
-    let (agent, script) = (length(0), length(8));
-    let back = i64::try_from(32 + agent + script).map_err(std::io::Error::other)?;
-    file.seek(SeekFrom::End(-back))?;
-    let mut take = |length: u64| {
-        let mut bytes = Vec::new();
-        Read::by_ref(&mut file).take(length).read_to_end(&mut bytes).map(|_| (length > 0).then_some(bytes))
+    let end = file.seek(SeekFrom::End(0))?;
+    let mut before = |end: u64, length: u64| {
+        let mut bytes = vec![0; usize::try_from(length).map_err(std::io::Error::other)?];
+        let at = end.checked_sub(length).ok_or(std::io::ErrorKind::InvalidData)?;
+        file.seek(SeekFrom::Start(at))?;
+        file.read_exact(&mut bytes)?;
+        std::io::Result::Ok((at, bytes))
     };
-    let agent = take(agent)?;
-    let script = take(script)?.map(String::from_utf8).transpose().map_err(std::io::Error::other)?;
-    Ok(Package { agent, script, beside: None })
+    let (end, tail) = before(end, TAIL)?;
+    let Some(length) = tail.strip_suffix(MARK) else { return Ok(Vec::new()) };
+    let length = u64::from_le_bytes(length.try_into().map_err(std::io::Error::other)?);
+    let (mut end, index) = before(end, length)?;
+    let index: Vec<(String, u64)> = serde_json::from_slice(&index)?;
+    let mut entries = Vec::with_capacity(index.len());
+    for (name, length) in index.into_iter().rev() {
+        let (at, bytes) = before(end, length)?;
+        end = at;
+        entries.push((name, bytes));
+    }
+    Ok(entries)
 }
 
 /// Writes a copy that takes everything along.
 pub fn pack(pack: &Pack) -> Result<(), String> {
     let own = std::env::current_exe().map_err(|error| format!("cannot tell where this program is: {error}"))?;
     let bytes = |path: &Path| fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
-    let optional = |path: &Option<PathBuf>| path.as_deref().map(bytes).transpose().map(Option::unwrap_or_default);
-    let (agent, script) = (optional(&pack.agent)?, optional(&pack.script)?);
     let mut copy = bytes(&own)?;
-    for part in [&agent, &script] {
-        copy.extend_from_slice(part);
+    let mut index = Vec::new();
+    let named = [(AGENT, &pack.agent), (SCRIPT, &pack.script)].into_iter().filter_map(|(name, path)| Some((name, path.as_deref()?)));
+    for (name, path) in named.chain(pack.files.iter().map(|(name, path)| (name.as_str(), path.as_path()))) {
+        let content = bytes(path)?;
+        copy.extend_from_slice(&content);
+        index.push((name, content.len()));
     }
-    copy.extend((agent.len() as u64).to_le_bytes());
-    copy.extend((script.len() as u64).to_le_bytes());
+    let index = serde_json::to_vec(&index).map_err(|error| error.to_string())?;
+    copy.extend_from_slice(&index);
+    copy.extend((index.len() as u64).to_le_bytes());
     copy.extend(MARK);
     let written = fs::write(&pack.to, copy).and_then(|()| fs::set_permissions(&pack.to, fs::Permissions::from_mode(0o755)));
     written.map_err(|error| format!("{}: {error}", pack.to.display()))
