@@ -23,6 +23,7 @@ mod machine;
 mod options;
 mod package;
 mod script;
+mod signals;
 mod snapshot;
 mod tap;
 mod vsock;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
             return log.exit(refusal.code);
         }
     };
+    signals::answer();
     log.name(&options.id);
     if let Some(path) = &options.log_path
         && let Err(error) = log.redirect(path)

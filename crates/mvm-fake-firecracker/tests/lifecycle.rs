@@ -457,6 +457,26 @@ fn it_ends_as_it_is_told() {
 }
 
 #[test]
+fn signals_have_firecracker_s_codes() {
+    for (signal, code) in [("HUP", Some(156)), ("TERM", None), ("KILL", None)] {
+        let mut fake = Fake::start("{}");
+        fake.running();
+        let kill = Command::new("sh").args(["-c", "kill -$0 $1", signal]).arg(fake.process.id().to_string()).status();
+        assert!(kill.unwrap().success());
+        assert_eq!(fake.ended().code(), code, "{signal}");
+    }
+    // Memory does not fit below the limit, which is 4 MiB.
+    let mut fake = Fake::start("{}");
+    fake.kill();
+    let limited = ["-c", "ulimit -f 8192; exec \"$0\" --api-sock \"$1\"", env!("CARGO_BIN_EXE_fake-firecracker")];
+    let _ = fs::remove_file(fake.at("a"));
+    fake.process = Command::new("sh").args(limited).arg(fake.at("a")).stdout(Stdio::null()).spawn().unwrap();
+    let error = fake.running().pause().unwrap().create_snapshot(&fake.create(0, SnapshotType::Full)).unwrap_err();
+    assert!(matches!(error.kind, ApiErrorKind::Closed), "{error}");
+    assert_eq!(fake.ended().code(), Some(151));
+}
+
+#[test]
 fn the_command_line_is_firecracker_s() {
     let run = |script: &str, arguments: &[&str]| {
         let output = command(script).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap();
