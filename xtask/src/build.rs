@@ -42,15 +42,27 @@ pub fn all(profile: Profile) -> Result<PathBuf, String> {
 /// # Errors
 /// When it does not compile.
 pub fn guest_agent(profile: Profile) -> Result<PathBuf, String> {
+    statically("mvm-guest-agent", "mvm-guest-agent", profile)
+}
+
+/// Builds the stand-in for Firecracker that tests put into jails; returns its path.
+///
+/// # Errors
+/// When it does not compile.
+pub fn fake_firecracker(profile: Profile) -> Result<PathBuf, String> {
+    statically("mvm-fake-firecracker", "fake-firecracker", profile)
+}
+
+fn statically(package: &str, program: &str, profile: Profile) -> Result<PathBuf, String> {
     let target = target()?;
     // A directory of its own: other flags would have everything else compiled anew each time.
     let own = target.join("guest-agent");
-    let mut build = cargo(["build", "--profile", "guest", "--package", "mvm-guest-agent", "--target", TRIPLE, "--target-dir"]);
+    let mut build = cargo(["build", "--profile", "guest", "--package", package, "--bin", program, "--target", TRIPLE, "--target-dir"]);
     build.arg(&own);
     build.env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", "-C target-feature=+crt-static");
     succeed(&mut build)?;
-    let made = own.join(TRIPLE).join("guest/mvm-guest-agent");
-    let place = target.join(profile.directory()).join("mvm-guest-agent.static");
+    let made = own.join(TRIPLE).join("guest").join(program);
+    let place = target.join(profile.directory()).join(format!("{program}.static"));
     put(&made, &place).map_err(|error| format!("cannot copy {} to {}: {error}", made.display(), place.display()))?;
     Ok(place)
 }
