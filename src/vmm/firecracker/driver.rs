@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 use mvm_firecracker::{
     Api, ApiError, ApiErrorKind, CallTiming, CpuTemplate, Deadlines, Found, Fresh, HugePages, Paused, SnapshotType, Unknown,
 };
+use mvm_hostd::tap::KeptTap;
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
 use rustix::fs::{Gid, Uid, fchown};
+use rustix::process::Pid;
 
 use super::args::{self, Limits, Machine};
 use super::jail::{self, Entry, Launch};
 use super::snapshot::{Scratch, guard, merge};
-use super::tap;
 use super::versions::{self, Installed, Verdict};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::files::{open_for_vmm, open_log};
@@ -93,7 +94,7 @@ struct Started {
     /// How long it took until Firecracker listened.
     jail: Duration,
     /// The TAP, which is kept until Firecracker has it.
-    tap_name: Option<String>,
+    tap: Option<KeptTap>,
     /// What the API's connections are made to, as long as there may be more of them.
     _socket: OwnedFd,
 }
@@ -201,11 +202,11 @@ impl Firecracker {
             huge_pages: self.options.huge_pages,
         })
         .map_err(|why| VmmError::Failed { what, why })?;
-        let Started { vm, api, jail, tap_name, _socket } = self.start(installed, spec, From::Kernel)?;
+        let Started { vm, api, jail, tap, _socket } = self.start(installed, spec, From::Kernel)?;
         match api.boot(&boot) {
             Ok(mut api) => {
                 self.note(jail, api.take_timeline());
-                self.let_go(what, &vm, tap_name.as_deref())?;
+                self.let_go(what, &vm, tap)?;
                 Ok(vm)
             }
             Err(failed) => Err(self.give_up(what, &vm, failed.error)),
@@ -268,10 +269,8 @@ impl Firecracker {
             entries.push(Entry::file(args::drive_path(name), file, *access)?);
         }
         // Firecracker opens the TAP itself, by its name; one queue has one owner.
-        let tap_name = spec.nic.as_ref().map(|nic| nic.tap_name.clone());
-        if let Some(nic) = spec.nic {
-            tap::keep(&nic.tap).map_err(io(format!("cannot hand over TAP {}", nic.tap_name)))?;
-        }
+        let tap = spec.nic.map(|nic| KeptTap::keep(nic.tap, &nic.tap_name)).transpose();
+        let tap = tap.map_err(|error| VmmError::Failed { what, why: error.to_string() })?;
         let id = args::jail_id(&spec.node, &spec.at);
         let limits = Limits { file_bytes: largest, descriptors: 2048 };
         let arguments =
@@ -305,18 +304,19 @@ impl Firecracker {
             VmHandle { vmm: VmmKind::Firecracker, process, run_dir: spec.run_dir, mem_mib: spec.mem_mib, stamp: Some(stamp(installed)) };
         let jail = begun.elapsed();
         match Api::connect_while(&by_descriptor(&socket), DEADLINES, || self.liveness(&vm) == Liveness::Alive) {
-            Ok(api) => Ok(Started { vm, api, jail, tap_name, _socket: socket }),
+            Ok(api) => Ok(Started { vm, api, jail, tap, _socket: socket }),
             Err(error) => Err(self.give_up(what, &vm, error)),
         }
     }
 
     /// Has the TAP end with the machine.
-    fn let_go(&self, what: &'static str, vm: &VmHandle, tap_name: Option<&str>) -> Result<(), VmmError> {
-        let Some(name) = tap_name else { return Ok(()) };
-        let why = match tap::let_go(&vm.process, name) {
+    fn let_go(&self, what: &'static str, vm: &VmHandle, tap: Option<KeptTap>) -> Result<(), VmmError> {
+        let (Some(tap), Some(pid)) = (tap, Pid::from_raw(vm.process.pid)) else { return Ok(()) };
+        let name = tap.name().to_owned();
+        let why = match tap.let_go(pid) {
             Ok(true) => return Ok(()),
             Ok(false) => format!("Firecracker did not open TAP {name}"),
-            Err(error) => format!("TAP {name} would stay behind: {error}"),
+            Err(error) => error.to_string(),
         };
         self.kill(vm)?;
         Err(VmmError::Failed { what, why })
@@ -506,7 +506,7 @@ impl Vmm for Firecracker {
         let renewed: Vec<_> =
             renewed.map(|one| args::changed_drive(one.name)).collect::<Result<_, _>>().map_err(|why| VmmError::Failed { what, why })?;
         let tracked = spec.run_dir.join(TRACKED);
-        let Started { vm, api, jail, tap_name, _socket } = self.start(&installed, spec, From::Snapshot { dir })?;
+        let Started { vm, api, jail, tap, _socket } = self.start(&installed, spec, From::Snapshot { dir })?;
         let mut api = match api.load_snapshot(&args::outputs(), &load) {
             Ok(api) => api,
             Err(failed) => return Err(self.give_up(what, &vm, failed.error)),
@@ -521,7 +521,7 @@ impl Vmm for Firecracker {
             return Err(VmmError::Io { what: format!("cannot make {}", tracked.display()), source });
         }
         self.note(jail, api.take_timeline());
-        self.let_go(what, &vm, tap_name.as_deref())?;
+        self.let_go(what, &vm, tap)?;
         Ok(vm)
     }
 

@@ -23,7 +23,6 @@ mod args;
 mod driver;
 mod jail;
 mod snapshot;
-mod tap;
 mod versions;
 
 pub use args::VSOCK_SOCKET;
