@@ -592,6 +592,21 @@ fn a_rehearsal_can_fail_by_script() {
 }
 
 #[test]
+fn a_pass_waits_until_what_failed_is_due_unless_told_otherwise() {
+    let node = Node::new();
+    let script = node.file("script.toml", "[[rules]]\nstep = \"boot\"\nfail = \"no luck\"\n");
+    let file = node.file("fleet.toml", FLEET);
+    let pass = |more: &[&str]| node.run(&[&["--simulation", &script, "agent", "reconcile", "--desired", &file], more].concat());
+    let first = pass(&[]);
+    assert!(first.out.contains("no luck"), "{}", first.out);
+    let waits = pass(&[]);
+    assert!(waits.out.contains("failed once: ") && !waits.out.contains("failed 2 times"), "{}{}", waits.out, waits.err);
+    let again = pass(&["--now"]);
+    let status = node.run(&["status", "-o", "json"]);
+    assert!(status.out.contains("failed 2x: "), "{}{}{}", again.out, again.err, status.out);
+}
+
+#[test]
 fn completions_cover_the_commands() {
     let node = Node::new();
     for shell in ["bash", "zsh", "fish"] {

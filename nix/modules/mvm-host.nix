@@ -13,7 +13,9 @@ let
   declared = cfg.fleetFile != null || cfg.fleet != null;
 
   # What mvm may do, and whatever it starts: bridges, TAPs and rules (net_*), machines as users of their own (set*id,
-  # chown, kill), their files (dac_override, fowner), and reading a machine's memory into its snapshot (sys_ptrace).
+  # chown, kill), their files (dac_override, fowner), reading a machine's memory into its snapshot (sys_ptrace), and
+  # builds: namespaces and mounts of their own, for the processes of nix, its sandbox and the machine of a build, and a
+  # Nix store that can be written (sys_admin).
   hardening = {
     CapabilityBoundingSet = [
       "CAP_NET_ADMIN"
@@ -25,6 +27,7 @@ let
       "CAP_DAC_OVERRIDE"
       "CAP_FOWNER"
       "CAP_SYS_PTRACE"
+      "CAP_SYS_ADMIN"
     ];
     NoNewPrivileges = true;
     # Everything is read-only but these, and a /tmp of its own.
@@ -35,6 +38,8 @@ let
     # Sockets of running machines are there.
     RuntimeDirectoryPreserve = true;
     PrivateTmp = true;
+    # mvm builds in processes of its own, never through the daemon, so that it can end a build with all that it started.
+    ReadWritePaths = [ "/nix" ];
     # A flake may lie in a home.
     ProtectHome = "read-only";
     DevicePolicy = "closed";
@@ -44,10 +49,9 @@ let
     ];
     ProtectClock = true;
     ProtectControlGroups = true;
-    ProtectHostname = true;
     ProtectKernelLogs = true;
     ProtectKernelModules = true;
-    # Not ProtectKernelTunables: mvm turns forwarding on. Not MemoryDenyWriteExecute and no SystemCallFilter: QEMU
+    # Not ProtectHostname: nix's sandbox names a build's own host. Not ProtectKernelTunables: mvm turns forwarding on. Not MemoryDenyWriteExecute and no SystemCallFilter: QEMU
     # inherits both, translates code, and has a filter of its own.
     LockPersonality = true;
     RestrictAddressFamilies = [
@@ -57,7 +61,15 @@ let
       "AF_INET6"
       "AF_PACKET"
     ];
-    RestrictNamespaces = true;
+    # Those of nix's sandbox, mvm's own among them (mnt, pid, net).
+    RestrictNamespaces = [
+      "ipc"
+      "mnt"
+      "net"
+      "pid"
+      "user"
+      "uts"
+    ];
     RestrictRealtime = true;
     RestrictSUIDSGID = true;
     SystemCallArchitectures = "native";
@@ -69,7 +81,12 @@ let
       "nftables.service"
       "nix-daemon.socket"
     ];
-    path = [ config.nix.package ];
+    # Builds: nix itself, what fetches a flake, and what keeps a build's processes together.
+    path = [
+      config.nix.package
+      pkgs.gitMinimal
+      pkgs.util-linux
+    ];
     environment.XDG_CACHE_HOME = "/var/cache/mvm";
     serviceConfig =
       hardening
@@ -124,6 +141,10 @@ in
       {
         assertion = cfg.fleet == null || cfg.fleetFile == null;
         message = "mvm.host: fleet and fleetFile are both set, and there is one fleet";
+      }
+      {
+        assertion = config.nix.enable;
+        message = "mvm.host: nix.enable is off, and images are built by this host's nix with its users for builds";
       }
       {
         assertion = pkgs.stdenv.hostPlatform.isx86_64;

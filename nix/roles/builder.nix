@@ -1,9 +1,9 @@
 # builder: runs one Nix build and ends. Nothing is kept: its root and what it adds to the store are in memory.
 #
-#   drive mvm-job, read-only, at /job       job.json: {"version":1,"installable":"path:/job/source#packages.x86_64-linux.x"},
-#                                           and whatever the installable refers to
-#   drive mvm-result, ext4, at /result      image/, build.log, result.json: see builder/build-job.sh
+#   vdc, ext4, label mvm-job, read-only, at /job   job.json and tree/: what to build of which flake
+#   vde, no file system                            the result, one archive
 #
+# They are the drives that mvm gives to a microVM that builds (src/vm/builder), written and read by builder/build-job.sh.
 # The build starts when the job drive is there; afterwards the guest powers off. Without a job drive it is a guest with
 # Nix in it, for `mvm exec`.
 { config, lib, pkgs, ... }:
@@ -15,6 +15,7 @@ let
       config.nix.package
       pkgs.coreutils
       pkgs.gitMinimal
+      pkgs.gnutar
       pkgs.jq
     ];
     text = builtins.readFile ./builder/build-job.sh;
@@ -25,7 +26,12 @@ in
     timeoutSeconds = lib.mkOption {
       type = lib.types.ints.positive;
       default = 3600;
-      description = "How long a build may take; one that takes longer is ended, and leaves no result.json.";
+      description = "How long a build may take; one that takes longer is ended, and leaves no result.";
+    };
+    resultDevice = lib.mkOption {
+      type = lib.types.strMatching "/dev/[A-Za-z0-9/_-]+";
+      default = "/dev/vde";
+      description = "The drive that the result is written to, over whatever is on it: mvm's fifth, after root, configuration, job and work.";
     };
     powerOff = lib.mkOption {
       type = lib.types.bool;
@@ -40,7 +46,6 @@ in
     mvm.memoryMiB.builder = lib.mkDefault 1792;
 
     mvm.drives.job = { };
-    mvm.drives.result.readOnly = false;
 
     nix = {
       enable = true;
@@ -90,7 +95,8 @@ in
         "network-online.target"
       ];
       unitConfig = {
-        RequiresMountsFor = "/job /result";
+        RequiresMountsFor = "/job";
+        AssertPathExists = cfg.resultDevice;
       } // lib.optionalAttrs cfg.powerOff {
         SuccessAction = "poweroff";
         FailureAction = "poweroff";
@@ -98,7 +104,7 @@ in
       serviceConfig = {
         Type = "oneshot";
         TimeoutStartSec = cfg.timeoutSeconds;
-        ExecStart = "${lib.getExe buildJob} /job /result";
+        ExecStart = "${lib.getExe buildJob} /job ${cfg.resultDevice}";
         StandardOutput = "journal+console";
         StandardError = "journal+console";
       };

@@ -38,6 +38,11 @@ in
   # The command lines that the host's units start.
   commands = lib.mapAttrsToList (_: service: service.serviceConfig.ExecStart) host.systemd.services;
 
+  # What the host's units may do.
+  restrictions = lib.mapAttrs (
+    _: service: removeAttrs service.serviceConfig [ "ExecStart" ] // { path = map (package: package.name) service.path; }
+  ) host.systemd.services;
+
   # What declarations come to in a guest that makes use of everything.
   guest =
     let

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use mvm_types::{InstanceAddress, PoolAddress};
+use mvm_types::{InstanceAddress, PoolAddress, TenantId};
 
 use crate::agent::plan::{Action, Need, Plan, Step, Target};
 use crate::vm::error::{LifecycleError, with_causes};
@@ -91,12 +91,23 @@ impl Outcome {
     }
 }
 
+/// Why a step cannot be done.
+#[derive(Clone)]
+struct Held {
+    /// What failed that it needs, in words.
+    by: String,
+    /// The step that failed.
+    root: usize,
+    /// Its error; none where it was interrupted.
+    error: Option<String>,
+}
+
 struct Board<'p> {
     plan: &'p Plan,
     /// For each step, how many of its edges are still open.
     open: Vec<usize>,
     /// For each step, why it cannot be done.
-    held: Vec<Option<String>>,
+    held: Vec<Option<Held>>,
     outcomes: Vec<Option<Outcome>>,
     ready: std::collections::VecDeque<usize>,
     left: usize,
@@ -127,7 +138,7 @@ pub fn execute(node: &Node, plan: &Plan, options: &ExecuteOptions<'_>) -> Vec<Ou
         most_building: options.parallel.saturating_sub(1).max(1),
     });
     let changed = Condvar::new();
-    let runner = Runner { node, options, made: Mutex::default() };
+    let runner = Runner { node, plan, options, made: Mutex::default() };
     let work = || {
         let mut state = lock(&board);
         while state.left > 0 {
@@ -188,9 +199,11 @@ impl Board<'_> {
         let why = match &outcome.end {
             End::Done => None,
             End::Failed { .. } | End::Cancelled => {
-                Some(format!("{} {}", self.plan.steps[index].action.verb(), outcome.object).trim().to_owned())
+                let by = format!("{} {}", self.plan.steps[index].action.verb(), outcome.object).trim().to_owned();
+                let error = if let End::Failed { error, .. } = &outcome.end { Some(error.clone()) } else { None };
+                Some(Held { by, root: index, error })
             }
-            End::Held { by } => Some(by.clone()),
+            End::Held { .. } => self.held[index].clone(),
         };
         for (follower, need) in followers {
             if *need == Need::Success && self.held[*follower].is_none() {
@@ -209,6 +222,7 @@ impl Board<'_> {
 
 struct Runner<'a> {
     node: &'a Node,
+    plan: &'a Plan,
     options: &'a ExecuteOptions<'a>,
     /// The instances that the plan made, by pool and ordinal.
     made: Mutex<HashMap<(PoolAddress, u32), InstanceAddress>>,
@@ -231,7 +245,7 @@ impl BuildWatch for StepWatch<'_> {
 }
 
 impl Runner<'_> {
-    fn run(&self, step: &Step, held: Option<String>) -> Outcome {
+    fn run(&self, step: &Step, held: Option<Held>) -> Outcome {
         let object = match &step.action {
             Action::Change { target, .. } => self.resolve(target).map_or_else(|| target.to_string(), |at| at.to_string()),
             action => action.object(),
@@ -239,7 +253,8 @@ impl Runner<'_> {
         if self.options.cancel.load(Ordering::SeqCst) {
             return Outcome { object, end: End::Cancelled, took: Duration::ZERO };
         }
-        if let Some(by) = held {
+        if let Some(Held { by, root, error }) = held {
+            self.share_failure(step, root, error);
             return Outcome { object, end: End::Held { by }, took: Duration::ZERO };
         }
         if step.action.is_visible() {
@@ -251,6 +266,21 @@ impl Runner<'_> {
             Err(error) => End::Failed { error: with_causes(&error), retry: error.retry_can_help() },
         };
         Outcome { object, end, took: begun.elapsed() }
+    }
+
+    /// A pool whose image is built with another pool's shows why there is none, as that one does.
+    fn share_failure(&self, step: &Step, root: usize, error: Option<String>) {
+        let (Action::BuildImage { pool }, Action::BuildImage { .. }) = (&step.action, &self.plan.steps[root].action) else { return };
+        if let Some(error) = error
+            && let Err(unwritten) = self.node.pool_build_failed(pool, &error)
+        {
+            tracing::warn!(%pool, error = with_causes(&unwritten), "that its image cannot be built is not written down");
+        }
+    }
+
+    /// Tells whether the plan makes another tenant than this one.
+    fn others_come(&self, tenant: &TenantId) -> bool {
+        self.plan.steps.iter().any(|step| matches!(&step.action, Action::CreateTenant { tenant: new, .. } if new != tenant))
     }
 
     fn resolve(&self, target: &Target) -> Option<InstanceAddress> {
@@ -271,11 +301,12 @@ impl Runner<'_> {
             Action::UpdatePool { pool, spec } => node.pool_update(pool, (**spec).clone()),
             Action::BuildImage { pool } => {
                 let watch = StepWatch { step, options: self.options };
-                node.pool_build(pool, &BuildOptions { watch: &watch, limits: Limits::default() }).map(|_| ())
+                let others_come = self.others_come(&pool.tenant);
+                node.pool_build(pool, &BuildOptions { watch: &watch, limits: Limits::default(), others_come }).map(|_| ())
             }
             Action::Recover { at } => node.recover(at).map(|_| ()),
-            Action::CreateInstances { pool, count } => {
-                let made = node.instances_create(pool, *count)?;
+            Action::CreateInstances { pool, count, standing_in } => {
+                let made = node.instances_create_with(pool, *count, *standing_in)?;
                 let numbered = (0..).zip(made).map(|(ordinal, at)| ((pool.clone(), ordinal), at));
                 self.made.lock().unwrap_or_else(PoisonError::into_inner).extend(numbered);
                 Ok(())

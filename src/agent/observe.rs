@@ -1,8 +1,9 @@
 //! What is there: documents, virtual machines, host.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 
-use mvm_types::{NodeId, PoolId, RevisionId, TenantId};
+use mvm_types::{NodeId, PoolId, RevisionId, SecretName, TenantId};
 
 use crate::host::ObservedNetwork;
 use crate::net::{Ruleset, TenantNetId};
@@ -271,6 +272,7 @@ fn observe_pools(
     let (dirs, empty) = node.all_pool_dirs(&tenant.tenant_id)?;
     unfinished.extend(empty.iter().map(ToString::to_string));
     let mut cut_off = Vec::new();
+    let secrets = Secrets::of(node, &tenant);
     for pool in dirs {
         let id = pool.pool.clone();
         let read = match node.documents().read::<PoolDoc>(&keys::pool_doc(&pool)) {
@@ -289,39 +291,66 @@ fn observe_pools(
         let image = shared.image(node, &doc);
         let mut instances = node.all_pool_instances(&pool, problems, &mut cut_off, |doc| observe_instance(node, doc))?;
         instances.sort_unstable_by(|a, b| a.age().cmp(&b.age()));
-        let not_enabled = not_enabled(node, &tenant, &doc)?;
+        let not_enabled = not_enabled(&secrets, &doc);
         pools.insert(id, ObservedPool { doc, image, instances, not_enabled });
     }
+    drop(secrets);
     unfinished.extend(cut_off.iter().map(ToString::to_string));
     Ok(ObservedTenant { doc: tenant, pools, orphans })
 }
 
-/// What the pool's instances are not started with, or not at all; secrets are only looked at where something needs one.
-fn not_enabled(node: &Node, tenant: &TenantDoc, doc: &PoolDoc) -> Result<Vec<String>, LifecycleError> {
+/// A tenant's secrets by name, looked at once for all its pools, and only where something needs one.
+struct Secrets<'a> {
+    node: &'a Node,
+    tenant: &'a TenantDoc,
+    names: OnceCell<Result<BTreeSet<SecretName>, String>>,
+    lost: OnceCell<Option<String>>,
+}
+
+impl<'a> Secrets<'a> {
+    fn of(node: &'a Node, tenant: &'a TenantDoc) -> Self {
+        Self { node, tenant, names: OnceCell::new(), lost: OnceCell::new() }
+    }
+
+    fn were_set(&self) -> bool {
+        self.tenant.secrets_epoch > 0
+    }
+
+    fn names(&self) -> &Result<BTreeSet<SecretName>, String> {
+        self.names.get_or_init(|| self.node.secret_names(self.tenant).map_err(|error| with_causes(&error)))
+    }
+
+    /// Why they cannot be had although they were set: tells whether their document is there without reading it.
+    fn lost(&self) -> Option<&str> {
+        let look = || match self.node.documents().raw().len(&keys::secrets_doc(&self.tenant.tenant_id)) {
+            Ok(0) => self.names().as_ref().err().cloned(),
+            Ok(_) => None,
+            Err(error) => Some(with_causes(&error)),
+        };
+        self.lost.get_or_init(|| if self.were_set() { look() } else { None }).as_deref()
+    }
+}
+
+/// What the pool's instances are not started with, or not at all.
+fn not_enabled(secrets: &Secrets<'_>, doc: &PoolDoc) -> Vec<String> {
     let has_needs = doc.spec.workload.as_ref().is_some_and(|workload| !workload.secrets.is_empty())
         || doc.traits.as_ref().is_some_and(|traits| traits.services.iter().any(|service| !service.secrets.is_empty()));
-    if !has_needs && tenant.secrets_epoch == 0 {
-        return Ok(Vec::new());
+    if !has_needs && !secrets.were_set() {
+        return Vec::new();
     }
     let traits = doc.role_traits();
+    let lacking = |why: &str| vec![format!("its role {} requires the secrets drive: {why}", doc.spec.role)];
+    let there = match (traits.requires_secrets_drive, has_needs) {
+        (false, _) => None,
+        (true, false) => return secrets.lost().map(lacking).unwrap_or_default(),
+        (true, true) => match secrets.names() {
+            Ok(names) => Some(names),
+            Err(why) => return lacking(why),
+        },
+    };
     let services = traits.services.iter().map(|service| (service.unit.as_str(), service.secrets.as_slice()));
     let workload = doc.spec.workload.iter().map(|workload| ("workload", workload.secrets.as_slice()));
-    let needs: Vec<_> = services.chain(workload).filter(|(_, secrets)| !secrets.is_empty()).collect();
-    let set = traits.requires_secrets_drive && tenant.secrets_epoch > 0;
-    let lost = set && node.documents().raw().len(&keys::secrets_doc(&tenant.tenant_id))? == 0;
-    let there = match lost {
-        true => Err(node.secret_names(tenant).err()),
-        _ if needs.is_empty() => return Ok(Vec::new()),
-        _ if traits.requires_secrets_drive => node.secret_names(tenant).map_err(Some),
-        _ => Ok(BTreeSet::new()),
-    };
-    Ok(match there {
-        Ok(there) => needs.into_iter().filter_map(|(what, secrets)| missing_secrets(what, secrets, &there)).collect(),
-        Err(why) => {
-            let why = why.map(|error| with_causes(&error)).unwrap_or_default();
-            vec![format!("its role {} requires the secrets drive: {why}", doc.spec.role)]
-        }
-    })
+    services.chain(workload).filter_map(|(what, needs)| missing_secrets(what, needs, there)).collect()
 }
 
 fn observe_instance(node: &Node, doc: InstanceDoc) -> Result<ObservedInstance, LifecycleError> {

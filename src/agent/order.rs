@@ -65,6 +65,8 @@ pub fn bring_up_order<'a>(pools: &'a [PoolSpec], roles: &Roles) -> Vec<&'a PoolS
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
 
     use crate::vm::pool::role::{RoleTraits, role_priority};
@@ -126,7 +128,7 @@ mod tests {
         let ids = |roles: &Roles| bring_up_order(&pools, roles).iter().map(|pool| pool.pool_id.to_string()).collect::<Vec<_>>();
         assert_eq!(ids(&Roles::default()), ["gw", "redis", "web"]);
         let mut roles = Roles::default();
-        roles.learn("builtin", cache, &RoleTraits { priority: 7, ..RoleTraits::built_in(cache) });
+        roles.learn("builtin", cache, &Arc::new(RoleTraits { priority: 7, ..RoleTraits::built_in(cache) }));
         assert_eq!(ids(&roles), ["gw", "web", "redis"]);
     }
 

@@ -45,6 +45,8 @@ pub enum Retry {
     WhenDue,
     /// It is tried now: somebody asked.
     Now,
+    /// It stays as it is, also when it is due: nothing is tried, somebody only wants to know what waits for it.
+    Never,
 }
 
 /// Plans one pass.

@@ -11,6 +11,7 @@ use super::execute::{End, ExecuteOptions, Outcome, Progress, execute};
 use super::observe::{Observed, observe};
 use super::plan::{Deferred, Plan, Retry, check_against, plan};
 use crate::agent::roles;
+use crate::infra::clock::Moment;
 use crate::store::{LockGuard, StoreError, Wait};
 use crate::vm::error::{FailureKind, LifecycleError, with_causes};
 use crate::vm::instance::StateName;
@@ -225,6 +226,12 @@ pub fn declared(observed: &Observed) -> DesiredState {
     DesiredState { schema_version: SCHEMA_VERSION, tenants: tenants.collect(), ..DesiredState::empty() }
 }
 
+/// Returns what waits for something, by object, and why, as long as nothing that failed comes right.
+pub fn waiting(observed: &Observed, now: &Moment) -> BTreeMap<String, String> {
+    let plan = plan(&declared(observed), observed, now, Retry::Never);
+    plan.deferred.into_iter().map(|one| (one.object, format!("{} waits: {}", one.what, one.why))).collect()
+}
+
 /// Returns the document that describes what is there; applying it changes nothing.
 ///
 /// The counts are those of the states that instances are in. One that is in none of the three (stopped by hand, say) counts as
@@ -234,11 +241,12 @@ pub fn describe(observed: &Observed) -> DesiredState {
     for tenant in &mut document.tenants {
         for spec in &mut tenant.pools {
             let Some(pool) = observed.tenants.get(&tenant.tenant_id).and_then(|tenant| tenant.pools.get(&spec.pool_id)) else { continue };
-            let count = |state: StateName| pool.instances.iter().filter(|one| one.doc.state.name() == state).count();
+            let wanted = || pool.instances.iter().filter(|one| !one.doc.stands_in);
+            let count = |state: StateName| wanted().filter(|one| one.doc.state.name() == state).count();
             let (warm, sleeping) = (count(StateName::Warm), count(StateName::Sleeping));
             let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
             spec.desired_counts =
-                DesiredCounts { running: number(pool.instances.len() - warm - sleeping), warm: number(warm), sleeping: number(sleeping) };
+                DesiredCounts { running: number(wanted().count() - warm - sleeping), warm: number(warm), sleeping: number(sleeping) };
         }
     }
     document

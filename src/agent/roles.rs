@@ -1,6 +1,7 @@
 //! What the roles of a document mean, and whether its pools may be what they are declared as.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use mvm_types::{ProfileName, Role, RoleError, TenantId};
 
@@ -26,7 +27,7 @@ pub fn learn(
     there: &BTreeMap<TenantId, ObservedTenant>,
     roles: &mut Roles,
 ) -> Result<(), InvalidDocument> {
-    type Known<'a> = BTreeMap<(&'a str, Role, &'a ProfileName), Result<Option<RoleTraits>, (&'static str, String)>>;
+    type Known<'a> = BTreeMap<(&'a str, Role, &'a ProfileName), Result<Option<Arc<RoleTraits>>, (&'static str, String)>>;
     let mut known: Known<'_> = BTreeMap::new();
     let mut problems = Vec::new();
     for (t, tenant) in desired.tenants.iter().enumerate() {
@@ -50,6 +51,21 @@ pub fn learn(
     if problems.is_empty() { Ok(()) } else { Err(InvalidDocument { problems }) }
 }
 
+/// Holds one pool that is to be made against the manifest of its flake.
+///
+/// # Errors
+/// Every problem in a line of its own, with the field that it is about.
+pub fn check(node: &Node, pool: &PoolSpec) -> Result<(), String> {
+    let problems = match read(node, pool) {
+        Err((field, why)) => vec![(field.to_owned(), why)],
+        Ok(traits) => demands(pool, &traits.unwrap_or_else(|| Arc::new(RoleTraits::built_in(pool.role)))),
+    };
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(problems.iter().map(|(field, what)| format!("{field}: {what}")).collect::<Vec<_>>().join("\n"))
+}
+
 /// Tells whether a pool is there with the same flake, role and profile.
 fn is_there(there: &BTreeMap<TenantId, ObservedTenant>, tenant: &TenantId, pool: &PoolSpec) -> bool {
     let known = there.get(tenant).and_then(|tenant| tenant.pools.get(&pool.pool_id));
@@ -59,14 +75,14 @@ fn is_there(there: &BTreeMap<TenantId, ObservedTenant>, tenant: &TenantId, pool:
     })
 }
 
-fn read(node: &Node, pool: &PoolSpec) -> Result<Option<RoleTraits>, (&'static str, String)> {
+fn read(node: &Node, pool: &PoolSpec) -> Result<Option<Arc<RoleTraits>>, (&'static str, String)> {
     match node.images().role_traits(pool) {
         // For the built-in image the check of the document alone has refused it already; where a flake is not on this host, its build says
         // whether it defines the role.
         Ok(None) if !pool.role.is_built_in() && pool.flake_ref != BUILTIN && node.images().is_here(&pool.flake_ref) => {
             Err(("role", format!("{}, and the flake has no manifest that defines it", RoleError::unknown(pool.role))))
         }
-        Ok(traits) => Ok(traits),
+        Ok(traits) => Ok(traits.map(Arc::new)),
         Err(ImageError::Manifest { source, .. }) if matches!(*source, ManifestError::Unknown { kind: "role", .. }) => {
             Err(("role", source.to_string()))
         }

@@ -10,6 +10,7 @@ use super::args::read_document;
 use super::exit::{CliError, Exit};
 use super::open::{Globals, Intent, open};
 use crate::agent::observe::observe;
+use crate::agent::plan::Retry;
 use crate::agent::reconciler::describe;
 use crate::infra::display::{to_json, write_out};
 use crate::store::Wait;
@@ -22,6 +23,9 @@ pub enum AgentCommand {
         /// The desired-state document, TOML or JSON; `-` is standard input
         #[arg(long, value_name = "FILE")]
         desired: PathBuf,
+        /// Do at once what failed before, instead of waiting until its next try is due
+        #[arg(long)]
+        now: bool,
     },
     /// Write the document that describes what is there; applying it changes nothing
     #[command(after_help = "Example:\n  mvm agent desired > fleet.toml")]
@@ -44,10 +48,11 @@ pub enum DocumentFormat {
 /// Carries out a verb.
 pub fn run(globals: &Globals, command: AgentCommand) -> CliResult {
     match command {
-        AgentCommand::Reconcile { desired } => {
+        AgentCommand::Reconcile { desired, now } => {
             let desired = read_document(&desired)?;
             let opened = open(globals, Intent::Change)?;
-            let report = one_pass(&opened.node, &desired, default_parallel(globals), Wait::No)?;
+            let retry = if now { Retry::Now } else { Retry::WhenDue };
+            let report = one_pass(&opened.node, &desired, retry, default_parallel(globals), Wait::No)?;
             let exit = print_report(globals, &report)?;
             opened.close()?;
             Ok(exit)

@@ -135,7 +135,7 @@ pub fn apply(globals: &Globals, args: &ApplyArgs) -> CliResult {
     let opened = open(globals, Intent::Change)?;
     let parallel = args.parallel.map_or_else(|| default_parallel(globals), usize::from);
     let exit = if args.no_wait {
-        let report = one_pass(&opened.node, &desired, parallel, Wait::Until(Instant::now() + args.timeout))?;
+        let report = one_pass(&opened.node, &desired, Retry::Now, parallel, Wait::Until(Instant::now() + args.timeout))?;
         print_report(globals, &report)?
     } else {
         converge(globals, &opened.node, &desired, args.timeout, parallel)?
@@ -189,12 +189,12 @@ fn explain(failed: &BTreeMap<String, String>, deferred: &[Deferred]) {
 }
 
 /// One pass with progress.
-pub(super) fn one_pass(node: &Node, desired: &DesiredState, parallel: usize, wait: Wait) -> Result<Report, CliError> {
+pub(super) fn one_pass(node: &Node, desired: &DesiredState, retry: Retry, parallel: usize, wait: Wait) -> Result<Report, CliError> {
     let lines = ProgressLines::new();
     let cancel: std::sync::Arc<AtomicBool> = interrupted()?;
     let progress = |event: Progress<'_>| lines.show(event);
     let options = ExecuteOptions { parallel, progress: &progress, cancel: &cancel };
-    Ok(reconciler::pass(node, desired, Retry::Now, wait, &options)?)
+    Ok(reconciler::pass(node, desired, retry, wait, &options)?)
 }
 
 #[derive(Serialize)]

@@ -2,12 +2,14 @@
 
 use super::CliResult;
 use super::exit::{CliError, Exit};
-use super::open::{AccelChoice, Globals, Intent, VmmChoice, WhichBuilder, find_program, find_qemu, open, qemu};
+use super::open::{AccelChoice, Globals, Intent, VmmChoice, WhichBuilder, find_program, find_qemu, open};
+use super::vmm::{firecracker, qemu};
 use crate::agent::observe::observe;
 use crate::host::{Ability, Host, LocalHost};
 use crate::infra::display::{CheckRow, print_rows};
 use crate::vm::error::with_causes;
 use crate::vm::pool::BUILTIN;
+use crate::vmm::firecracker::Verdict;
 use crate::vmm::qemu::KvmVerdict;
 
 /// Looks at everything that microVMs need here.
@@ -38,6 +40,16 @@ pub fn run(globals: &Globals) -> CliResult {
         check("nftables", facts.nftables.is_yes(), ability(&facts.nftables), nftables);
         check("nft", facts.nft.is_yes(), ability(&facts.nft), "apt-get install nftables");
         check("mke2fs", facts.mke2fs.is_yes(), ability(&facts.mke2fs), "apt-get install e2fsprogs");
+        if globals.vmm != VmmChoice::Qemu {
+            // It is no fault that there is none, unless it is asked for.
+            let (ok, found) = firecracker_here(globals);
+            check(
+                "firecracker",
+                ok || globals.vmm == VmmChoice::Auto && !globals.drivers.production,
+                found,
+                "mvm node install-firecracker --from FILE --sha256 SUM",
+            );
+        }
         let found = find_qemu();
         let path = found.as_ref().map_or("not found".to_owned(), |path| path.display().to_string());
         check("qemu", found.is_some(), path, "apt-get install qemu-system-x86 (or qemu-system-arm)");
@@ -129,6 +141,24 @@ fn builder_image(images: &std::path::Path) -> (bool, String) {
         true => (true, "made of packages when a flake is built in a microVM for the first time".into()),
         false => (false, format!("cannot be made: there is no {}", missing.join(", "))),
     }
+}
+
+/// Which Firecrackers there are, and whether the first can be used.
+fn firecracker_here(globals: &Globals) -> (bool, String) {
+    let installed = match firecracker(globals, &globals.paths()).installed() {
+        Ok(installed) => installed,
+        Err(error) => return (false, with_causes(&error)),
+    };
+    let first = &installed[0];
+    let others: Vec<&str> = installed[1..].iter().map(|one| one.version.as_str()).collect();
+    let others = if others.is_empty() { String::new() } else { format!("; also {}", others.join(", ")) };
+    let (ok, state) = match (&first.jailer, &first.verdict) {
+        (None, _) => (false, "but no jailer beside it".to_owned()),
+        (_, Verdict::Usable) => (true, "a guest booted with it".to_owned()),
+        (_, Verdict::Unusable { why }) => (false, format!("cannot be used here: {why}")),
+        (_, Verdict::Untried) => (true, "whether a guest boots with it is found out at the first boot".to_owned()),
+    };
+    (ok, format!("{} ({}), {state}{others}", first.version, first.firecracker.display()))
 }
 
 /// What guests run in: whether it is good, and what it is.

@@ -15,7 +15,7 @@ use crate::infra::display::{InstanceRow, OutputFormat, Row, Width, print_info, p
 use crate::vm::error::LifecycleError;
 use crate::vm::instance::{InstanceDoc, StateName, StopMode};
 use crate::vm::node::Node;
-use crate::vmm::VmStats;
+use crate::vmm::{VmStats, VmmCall};
 
 /// Which instance.
 #[derive(Debug, Args)]
@@ -23,6 +23,16 @@ pub struct Which {
     /// The instance; the start of its id is enough
     #[arg(value_name = "TENANT/POOL/INSTANCE")]
     pub instance: InstanceSelector,
+}
+
+/// The instance to bring up.
+#[derive(Debug, Args)]
+pub struct Timed {
+    #[command(flatten)]
+    which: Which,
+    /// Show the calls to the VMM with their times, where the driver makes any
+    #[arg(long)]
+    timings: bool,
 }
 
 /// The verbs.
@@ -46,7 +56,7 @@ pub enum InstanceCommand {
     /// Show an instance
     Info(Which),
     /// Boot an instance afresh, and wait until it is ready
-    Start(Which),
+    Start(Timed),
     /// End an instance; its data disk stays
     Stop {
         #[command(flatten)]
@@ -62,7 +72,7 @@ pub enum InstanceCommand {
     /// Write an instance to disk, and free its memory
     Sleep(Which),
     /// Let a sleeping instance go on where it was
-    Wake(Which),
+    Wake(Timed),
     /// Remove an instance with its data
     Destroy {
         #[command(flatten)]
@@ -97,10 +107,13 @@ pub fn run(globals: &Globals, command: InstanceCommand) -> CliResult {
         }
         InstanceCommand::List { address } => list(globals, node, address.as_ref())?,
         InstanceCommand::Info(which) => info(globals, node, &resolve(node, &which.instance)?)?,
-        InstanceCommand::Start(which) => act(node, &which, "start", |at| {
-            node.apply_network()?;
-            node.start(at, StateName::Running)
-        })?,
+        InstanceCommand::Start(Timed { which, timings }) => {
+            act(node, &which, "start", |at| {
+                node.apply_network()?;
+                node.start(at, StateName::Running)
+            })?;
+            show_timings(globals, node, timings)?;
+        }
         InstanceCommand::Stop { which, force } => {
             let mode = if force { StopMode::Force } else { StopMode::Graceful };
             act(node, &which, "stop", |at| node.stop(at, mode))?;
@@ -108,10 +121,13 @@ pub fn run(globals: &Globals, command: InstanceCommand) -> CliResult {
         InstanceCommand::Warm(which) => act(node, &which, "warm", |at| node.warm(at))?,
         InstanceCommand::Resume(which) => act(node, &which, "resume", |at| node.resume(at))?,
         InstanceCommand::Sleep(which) => act(node, &which, "sleep", |at| node.sleep(at))?,
-        InstanceCommand::Wake(which) => act(node, &which, "wake", |at| {
-            node.apply_network()?;
-            node.wake(at, StateName::Running)
-        })?,
+        InstanceCommand::Wake(Timed { which, timings }) => {
+            act(node, &which, "wake", |at| {
+                node.apply_network()?;
+                node.wake(at, StateName::Running)
+            })?;
+            show_timings(globals, node, timings)?;
+        }
         InstanceCommand::Destroy { which, yes } => {
             let at = resolve(node, &which.instance)?;
             let state = node.instance(&at)?.state.name();
@@ -143,6 +159,19 @@ fn act(node: &Node, which: &Which, verb: &str, body: impl FnOnce(&InstanceAddres
         bar.finish_and_clear();
     }
     Ok(result?)
+}
+
+impl Row for VmmCall {
+    const COLUMNS: &'static [(&'static str, Width)] = &[("CALL", Width::Narrow), ("AT", Width::Narrow), ("TOOK", Width::Narrow)];
+    fn cells(&self) -> Vec<String> {
+        let ms = |us: u64| format!("{:.1} ms", us as f64 / 1000.0);
+        vec![self.what.clone(), ms(self.began_us), ms(self.took_us)]
+    }
+}
+
+fn show_timings(globals: &Globals, node: &Node, wanted: bool) -> Result<(), CliError> {
+    let calls = node.vmm().take_timeline();
+    if wanted { Ok(print_rows(&calls, globals.format())?) } else { Ok(()) }
 }
 
 /// What is there, and which of it is meant.

@@ -19,6 +19,7 @@ mod revisions;
 mod status;
 mod tenant;
 mod throwaway;
+pub mod vmm;
 
 use clap::{CommandFactory, Parser, Subcommand};
 

@@ -12,6 +12,7 @@ use crate::host::HostFacts;
 use crate::infra::display::print_info;
 use crate::vm::instance::StateName;
 use crate::vm::node::Node;
+use crate::vmm::firecracker::install;
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -24,6 +25,18 @@ pub enum NodeCommand {
         /// The id
         #[arg(long, value_name = "ID")]
         id: NodeId,
+    },
+    /// Put a release of Firecracker in place, beside those that are there: a snapshot is woken by the version that made it
+    #[command(
+        after_help = "Example:\n  mvm node install-firecracker --from firecracker-v1.16.1-x86_64.tgz --sha256 SUM\n\nThe sum is in the release's SHA256SUMS."
+    )]
+    InstallFirecracker {
+        /// The release's archive
+        #[arg(long, value_name = "FILE")]
+        from: std::path::PathBuf,
+        /// Its SHA-256, in hex
+        #[arg(long, value_name = "SUM", value_parser = sha256)]
+        sha256: String,
     },
     /// Show what the instances of this host use
     Stats,
@@ -39,6 +52,11 @@ pub enum NodeCommand {
         #[arg(long)]
         dry_run: bool,
     },
+}
+
+fn sha256(text: &str) -> Result<String, String> {
+    let whole = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if whole { Ok(text.to_owned()) } else { Err("a SHA-256 is 64 hex digits".into()) }
 }
 
 #[derive(Serialize)]
@@ -69,8 +87,13 @@ struct NodeStats {
 
 /// Carries out a verb.
 pub fn run(globals: &Globals, command: &NodeCommand) -> CliResult {
+    if let NodeCommand::InstallFirecracker { from, sha256 } = command {
+        let place = install(from, sha256, &globals.drivers.firecracker_dir).map_err(|why| CliError::new(Exit::Failed, why))?;
+        crate::infra::display::write_out(&format!("{}\n", place.display()))?;
+        return Ok(Exit::Done);
+    }
     let (intent, wanted) = match command {
-        NodeCommand::Info | NodeCommand::Stats => (Intent::Look, None),
+        NodeCommand::Info | NodeCommand::Stats | NodeCommand::InstallFirecracker { .. } => (Intent::Look, None),
         NodeCommand::Gc { .. } => (Intent::Change, None),
         NodeCommand::Init { id } => (Intent::Change, Some(id)),
     };
@@ -80,7 +103,7 @@ pub fn run(globals: &Globals, command: &NodeCommand) -> CliResult {
             let text = format!("this node is {} already, and keeps its id for its life", opened.node.id);
             return Err(CliError::new(Exit::Refused, text));
         }
-        NodeCommand::Init { .. } => {}
+        NodeCommand::Init { .. } | NodeCommand::InstallFirecracker { .. } => {}
         NodeCommand::Info => info(globals, &opened.node)?,
         NodeCommand::Stats => stats(globals, &opened.node)?,
         NodeCommand::Gc { older_than, dry_run } => {

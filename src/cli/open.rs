@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use mvm_types::NodeId;
 
 use super::exit::{CliError, Exit};
+use super::vmm::VmmOptions;
 use crate::audit::Audit;
 use crate::guest::SerialChannel;
 use crate::host::{FakeHost, LocalHost};
@@ -20,7 +21,6 @@ use crate::vm::builder::EgressChoice;
 use crate::vm::node::{Node, NodeDoc, Seams, VmmUids};
 use crate::vm::pool::{BuilderChoice, NodeImages, SimulatedImages};
 use crate::vm::tenant::NodeSealer;
-use crate::vmm::qemu::{AccelerationChoice, Qemu, QemuOptions};
 use crate::vmm::simulated::{Script, SimulatedVmm};
 
 /// Options of every command.
@@ -38,7 +38,10 @@ pub struct Globals {
     /// How QEMU executes guests; `auto` takes KVM where a guest boots with it, and software (TCG) elsewhere
     #[arg(long, global = true, env = "MVM_ACCEL", default_value = "auto", value_name = "ACCEL", help_heading = "Global options")]
     pub accel: AccelChoice,
-    /// Where flakes are built; `auto` takes this host while it has at most one tenant, and a microVM otherwise
+    /// Options of the drivers.
+    #[command(flatten)]
+    pub drivers: VmmOptions,
+    /// Where flakes are built; `auto` takes this host for its only tenant, and a microVM otherwise
     #[arg(long, global = true, env = "MVM_BUILDER", default_value = "auto", value_name = "BUILDER", help_heading = "Global options")]
     pub builder: WhichBuilder,
     /// What a microVM reaches that builds a flake: nothing, which is enough for a flake without inputs, or what lies outside of the
@@ -62,8 +65,10 @@ pub struct Globals {
 /// Which driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum VmmChoice {
-    /// The best that this host can use
+    /// Firecracker where it boots guests, else QEMU
     Auto,
+    /// Firecracker, in its jail
+    Firecracker,
     /// QEMU's microvm machine
     Qemu,
     /// A simulation
@@ -84,7 +89,7 @@ pub enum AccelChoice {
 /// Where flakes are built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WhichBuilder {
-    /// This host while it has at most one tenant, else a microVM
+    /// This host for its only tenant, else a microVM
     Auto,
     /// This host, with its own nix
     Host,
@@ -269,7 +274,7 @@ pub fn open_as(globals: &Globals, intent: Intent, wanted: Option<&NodeId>) -> Re
         // Sockets and locks are root's only.
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(paths.run())?;
     }
-    let qemu = qemu(globals, &paths);
+    let drivers = super::vmm::drivers(globals, &paths)?;
     // The node's mark on bridges needs the id before the node is open.
     let id = documents.read::<NodeDoc>(crate::vm::keys::NODE).map_err(crate::vm::error::LifecycleError::from)?.map(|doc| doc.node_id);
     let id = match (id, intent) {
@@ -280,7 +285,7 @@ pub fn open_as(globals: &Globals, intent: Intent, wanted: Option<&NodeId>) -> Re
     let seams = Seams {
         documents,
         host: Arc::new(LocalHost::new(paths.clone(), &id)),
-        vmm: Arc::new(qemu),
+        vmm: Arc::new(drivers),
         guests: Arc::new(SerialChannel),
         images: Arc::new(NodeImages::new(paths.images())),
         clock,
@@ -293,16 +298,6 @@ pub fn open_as(globals: &Globals, intent: Intent, wanted: Option<&NodeId>) -> Re
     node.builder = globals.builder.into();
     node.builder_egress = globals.builder_egress.into();
     Ok(Opened { node, simulation: None, intent })
-}
-
-/// The QEMU driver as the options set it up; looks for nothing yet.
-pub fn qemu(globals: &Globals, paths: &Paths) -> Qemu {
-    let acceleration = match globals.accel {
-        AccelChoice::Auto => AccelerationChoice::Auto,
-        AccelChoice::Kvm => AccelerationChoice::Kvm,
-        AccelChoice::Tcg => AccelerationChoice::Tcg,
-    };
-    Qemu::new(QemuOptions { binary: find_qemu(), facts_file: paths.run().join("qemu.json"), acceleration })
 }
 
 /// Finds QEMU.

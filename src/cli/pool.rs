@@ -1,6 +1,5 @@
 //! `mvm pool`.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Subcommand;
@@ -14,12 +13,11 @@ use super::revisions;
 use super::status::pool_row;
 use crate::agent::desired::{DesiredState, InvalidDocument, Problem, pool_problems};
 use crate::agent::observe::observe;
-use crate::agent::reconciler::declared;
+use crate::agent::reconciler::{declared, waiting};
 use crate::infra::display::{PoolInfo, PoolRow, print_info, print_rows};
 use crate::vm::error::LifecycleError;
 use crate::vm::instance::{StateName, StopMode};
 use crate::vm::node::Node;
-use crate::vm::pool::role::Roles;
 use crate::vm::pool::{BUILTIN, Limits, PoolSpec};
 
 /// The verbs.
@@ -188,9 +186,8 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             if node.pool(&pool).is_err() {
                 let mut with_it = declared_in(node, &pool.tenant)?;
                 with_it.tenants.iter_mut().for_each(|tenant| tenant.pools.push(new.clone()));
-                let with_it = as_a_document(&with_it)?;
-                crate::agent::roles::learn(node, &with_it, &BTreeMap::new(), &mut Roles::default())
-                    .map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
+                as_a_document(&with_it)?;
+                crate::agent::roles::check(node, &new).map_err(|problems| CliError::new(Exit::Usage, problems))?;
             }
             node.pool_create(&pool.tenant, role, new)?;
             Exit::Done
@@ -201,7 +198,8 @@ pub fn run(globals: &Globals, command: PoolCommand) -> CliResult {
             }
             let observed = observe(node)?;
             let tenants = observed.tenants.values().filter(|one| tenant.as_ref().is_none_or(|id| one.doc.tenant_id == *id));
-            let rows: Vec<PoolRow> = tenants.flat_map(|tenant| tenant.pools.values()).map(pool_row).collect();
+            let waiting = waiting(&observed, &node.clock().now());
+            let rows: Vec<PoolRow> = tenants.flat_map(|tenant| tenant.pools.values()).map(|pool| pool_row(pool, &waiting)).collect();
             print_rows(&rows, globals.format())?;
             Exit::Done
         }
@@ -322,7 +320,8 @@ fn info(globals: &Globals, node: &Node, pool: &PoolAddress) -> Result<(), CliErr
     let doc = node.pool(pool)?;
     let observed = observe(node)?;
     let there = observed.tenants.get(&pool.tenant).and_then(|tenant| tenant.pools.get(&pool.pool));
-    let row = pool_row(there.ok_or_else(|| CliError::new(Exit::NotFound, format!("there is no pool {pool} any more")))?);
+    let there = there.ok_or_else(|| CliError::new(Exit::NotFound, format!("there is no pool {pool} any more")))?;
+    let row = pool_row(there, &waiting(&observed, &node.clock().now()));
     let spec = &doc.spec;
     let lines = [
         ("pool", row.pool.clone()),

@@ -70,10 +70,18 @@ fn spinner() -> ProgressBar {
     bar
 }
 
-/// Returns a flag that an interrupt sets; a second one ends the program at once.
+/// Tells whether the caller wants the end of the terminal to be nothing to this process, as `nohup` does (proc(5): SigIgn).
+fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    ignored.is_some_and(|ignored| ignored & (1 << (signal_hook::consts::SIGHUP - 1)) != 0)
+}
+
+/// Returns a flag that an interrupt sets, or the end of the terminal; a second one ends the program at once.
 pub fn interrupted() -> std::io::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    let hangup = (!hangup_is_ignored()).then_some(signal_hook::consts::SIGHUP);
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM].into_iter().chain(hangup) {
         signal_hook::flag::register_conditional_shutdown(signal, 130, flag.clone())?;
         signal_hook::flag::register(signal, flag.clone())?;
     }

@@ -43,14 +43,14 @@ pub fn build_first(node: &Node, pool: &PoolAddress) -> Result<(), CliError> {
     if node.pool(pool)?.revision.is_some_and(|revision| node.images().open(&revision).is_ok()) {
         return Ok(());
     }
-    node.pool_build(pool, &BuildOptions { watch: &Told { interrupted: interrupted()? }, limits: Limits::default() })?;
+    node.pool_build(pool, &BuildOptions { watch: &Told { interrupted: interrupted()? }, limits: Limits::default(), others_come: false })?;
     Ok(())
 }
 
 /// `mvm pool build`.
 pub fn build(globals: &Globals, node: &Node, pool: &PoolAddress, limits: Limits) -> Result<(), CliError> {
     let told = Told { interrupted: interrupted()? };
-    let origin = match node.pool_build(pool, &BuildOptions { watch: &told, limits }) {
+    let origin = match node.pool_build(pool, &BuildOptions { watch: &told, limits, others_come: false }) {
         Err(LifecycleError::Image(error)) if error.is_interrupted() => return Err(CliError::new(Exit::Interrupted, with_causes(&error))),
         other => other?,
     };

@@ -1,5 +1,7 @@
 //! `mvm status`, and the rows that several commands show.
 
+use std::collections::BTreeMap;
+
 use clap::Args;
 use mvm_types::Address;
 use serde::Serialize;
@@ -10,6 +12,7 @@ use super::exit::{CliError, Exit};
 use super::open::{Globals, Intent, open};
 use crate::agent::desired::DesiredState;
 use crate::agent::observe::{ImagePresence, Observed, ObservedInstance, ObservedPool, observe};
+use crate::agent::reconciler::waiting;
 use crate::infra::clock::Moment;
 use crate::infra::display::{InstanceRow, OutputFormat, PoolRow, table, to_json, write_out};
 use crate::vm::instance::{InstanceState, StateName, StopReason};
@@ -54,12 +57,13 @@ pub fn status(globals: &Globals, args: &StatusArgs) -> CliResult {
         _ => None,
     };
     let now = node.clock().now();
+    let waiting = waiting(&observed, &now);
     let pools: Vec<&ObservedPool> =
         pools(&observed).filter(|pool| shown(pool.doc.tenant_id.as_str(), pool.doc.spec.pool_id.as_str())).collect();
     let view = StatusView {
         node: node.id.to_string(),
         vmm: node.vmm().kind().as_str().to_owned(),
-        pools: pools.iter().map(|pool| pool_row(pool)).collect(),
+        pools: pools.iter().map(|pool| pool_row(pool, &waiting)).collect(),
         instances: pools
             .iter()
             .flat_map(|pool| &pool.instances)
@@ -112,7 +116,7 @@ pub(super) fn print_instances(globals: &Globals, node: &Node, desired: &DesiredS
 }
 
 /// The row of a pool.
-pub(super) fn pool_row(pool: &ObservedPool) -> PoolRow {
+pub(super) fn pool_row(pool: &ObservedPool, waiting: &BTreeMap<String, String>) -> PoolRow {
     let spec = &pool.doc.spec;
     let count = |state: StateName| pool.instances.iter().filter(|one| one.doc.state.name() == state && is_whole(one)).count();
     let (running, warm, sleeping) = (count(StateName::Running), count(StateName::Warm), count(StateName::Sleeping));
@@ -121,7 +125,7 @@ pub(super) fn pool_row(pool: &ObservedPool) -> PoolRow {
         (None, ImagePresence::Outdated) => Some("its flake has changed; the next apply builds it".to_owned()),
         (None, ImagePresence::Missing) if pool.doc.revision.is_some() => Some("its image is missing or damaged".to_owned()),
         _ if !pool.not_enabled.is_empty() => Some(pool.not_enabled.join("; ")),
-        _ => None,
+        _ => waiting.get(&pool.doc.address().to_string()).cloned(),
     };
     PoolRow {
         pool: pool.doc.address().to_string(),
@@ -159,6 +163,9 @@ pub(super) fn instance_row(one: &ObservedInstance, now: &Moment) -> InstanceRow 
             (state.name().to_string(), Some("its virtual machine died; the next apply starts it again".to_owned()))
         }
         (None, InstanceState::Stopped { why: StopReason::Died, .. }) => ("Stopped".to_owned(), Some("its virtual machine died".to_owned())),
+        (None, InstanceState::Stopped { why: StopReason::DiedOf(why), .. }) => {
+            ("Stopped".to_owned(), Some(format!("its virtual machine died: {why}")))
+        }
         (None, InstanceState::Stopped { why: StopReason::SnapshotLost(why), .. }) => ("Stopped".to_owned(), Some(why.clone())),
         (None, state) => (state.name().to_string(), None),
     };

@@ -1,18 +1,23 @@
-//! One line to the guest agent: a socket that QEMU joins to a virtio-serial port.
+//! One line to the guest agent: a socket that a VMM joins to a virtio-serial port (QEMU), or to the guest's vsock (Firecracker).
 //!
-//! A port takes one client at a time, so a client holds `agent.N.lock`. Line 0 is for the lifecycle, the others are
-//! for people (exec, shell, cp, logs), so that neither waits for the other.
+//! A port takes one client at a time, so a client holds `agent.N.lock`; over vsock it does too, so that as many sessions as an agent
+//! takes are shared out in the same way. Line 0 is for the lifecycle, the others are for people (exec, shell, cp, logs), so that
+//! neither waits for the other.
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use mvm_guest_api::PORT_COUNT;
 use mvm_guest_api::handshake::{Nonce, Reply, await_ok};
+use mvm_guest_api::{PORT_COUNT, VSOCK_PORT};
+
+use rustix::fs::{FileType, Mode, OFlags};
 
 use super::GuestError;
+use crate::vmm::firecracker::VSOCK_SOCKET;
 
 /// What a line is wanted for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +34,10 @@ const FIRST_PATIENCE: Duration = Duration::from_millis(25);
 const LONGEST_PATIENCE: Duration = Duration::from_millis(400);
 /// How long to wait before connecting again when the other side hangs up, or a lock is taken.
 const PAUSE: Duration = Duration::from_millis(5);
+/// How long a guest may take to answer one connection over vsock; while it boots it does not, and another one is made.
+const VSOCK_PATIENCE: Duration = Duration::from_millis(500);
+/// More than `OK` and a port.
+const MOST_OF_ANSWER: usize = 32;
 /// A port that an earlier session left full holds less than this.
 const MOST_DISCARDED: usize = 16 << 20;
 
@@ -47,20 +56,69 @@ pub(super) struct Line {
 /// is someone to give it.
 pub(super) fn open(run_dir: &Path, purpose: Purpose, deadline: Instant) -> Result<Line, GuestError> {
     let (number, lock) = take_lock(run_dir, purpose, deadline)?;
-    let path = run_dir.join(format!("agent.{number}.sock"));
+    let (port, vsock) = (run_dir.join(format!("agent.{number}.sock")), run_dir.join(VSOCK_SOCKET));
     loop {
-        let why = match UnixStream::connect(&path) {
-            Ok(mut stream) => match shake_hands(&mut stream, deadline) {
-                Ok(()) => return Ok(Line { stream, lock }),
-                Err(error) => error.to_string(),
-            },
-            Err(error) => format!("{}: {error}", path.display()),
+        let opened = if port.symlink_metadata().is_ok() { over_port(&port, deadline) } else { over_vsock(&vsock, deadline) };
+        let why = match opened {
+            Ok(stream) => return Ok(Line { stream, lock }),
+            Err(why) => why,
         };
         if Instant::now() + PAUSE >= deadline {
             return Err(GuestError::Unreachable { why });
         }
         std::thread::sleep(PAUSE);
     }
+}
+
+fn over_port(path: &Path, deadline: Instant) -> Result<UnixStream, String> {
+    let mut stream = UnixStream::connect(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    shake_hands(&mut stream, deadline).map_err(|error| error.to_string())?;
+    Ok(stream)
+}
+
+/// Connects to the agent's port through Firecracker's socket (docs/vsock.md of Firecracker): `CONNECT port`, in one write, is answered
+/// with `OK` and the host's port, or by hanging up where nobody listens; a guest that has not come that far does not answer at all.
+fn over_vsock(path: &Path, deadline: Instant) -> Result<UnixStream, String> {
+    let said = |error: io::Error| format!("{}: {error}", path.display());
+    let mut stream = connect_in_place(path).map_err(said)?;
+    let left = deadline.saturating_duration_since(Instant::now()).min(VSOCK_PATIENCE);
+    stream.set_write_timeout(Some(left.max(PAUSE))).map_err(said)?;
+    stream.set_read_timeout(Some(left.max(PAUSE))).map_err(said)?;
+    stream.write_all(format!("CONNECT {VSOCK_PORT}\n").as_bytes()).map_err(said)?;
+    let mut answer = Vec::new();
+    // Byte by byte: what follows the line is the agent's.
+    while answer.last() != Some(&b'\n') {
+        let mut byte = [0];
+        match stream.read(&mut byte) {
+            Ok(0) => return Err("nobody listens in the guest yet".into()),
+            Ok(_) if answer.len() < MOST_OF_ANSWER => answer.push(byte[0]),
+            Ok(_) => return Err("Firecracker answers out of turn".into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                return Err("the guest agent does not answer".into());
+            }
+            Err(error) => return Err(said(error)),
+        }
+    }
+    let answer = String::from_utf8_lossy(&answer);
+    match answer.strip_prefix("OK ").map(|port| port.trim_end().parse::<u32>()) {
+        Some(Ok(_)) => {}
+        _ => return Err(format!("Firecracker answers {:?} instead of OK and a port", answer.trim_end())),
+    }
+    stream.set_write_timeout(None).and_then(|()| stream.set_read_timeout(None)).map_err(said)?;
+    Ok(stream)
+}
+
+/// Connects to a socket, and to nothing that a link in its place or its directory's leads to: the directory is the VMM's.
+fn connect_in_place(path: &Path) -> io::Result<UnixStream> {
+    let (directory, name) = (path.parent().unwrap_or(Path::new("/")), path.file_name().unwrap_or_default());
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags | OFlags::DIRECTORY, Mode::empty())?;
+    let socket = rustix::fs::openat(&directory, name, flags, Mode::empty())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode) != FileType::Socket {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no socket"));
+    }
+    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
 }
 
 fn take_lock(run_dir: &Path, purpose: Purpose, deadline: Instant) -> Result<(u32, File), GuestError> {

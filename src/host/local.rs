@@ -238,6 +238,8 @@ impl Host for LocalHost {
     fn remove_snapshot(&self, at: &InstanceAddress) -> Result<(), HostError> {
         if let Some(dir) = self.instance_dir(at)? {
             dir.remove_tree("snapshot")?;
+            // What a VMM that was ended while it wrote one has left of it.
+            dir.remove_tree("vmm")?;
         }
         Ok(())
     }
@@ -257,6 +259,12 @@ impl Host for LocalHost {
         let [first, second, ..] = bridge_mac(TenantNetId::MAX).0;
         let bridges = self.netlink()?.sweep_bridges(&self.alias, BRIDGE_PREFIX, [first, second], |name| expected.bridges.contains(name))?;
         let mut removed: Vec<String> = bridges.into_iter().map(|name| format!("bridge {name}")).collect();
+        // A TAP ends with its VMM, but for one whose way from mvm to a Firecracker was cut off.
+        let is_instances = |name: &str| crate::net::parse_tap_name(name).is_some();
+        if let Some(taps) = &expected.taps {
+            let swept = self.netlink()?.sweep_ports(&self.alias, is_instances, |name| taps.contains(name))?;
+            removed.extend(swept.into_iter().map(|name| format!("TAP {name}")));
+        }
         let Some(run) = self.try_run()? else { return Ok(removed) };
         removed.extend(run.remove_stale_temporaries()?.into_iter().map(|name| format!("file {}", run.path().join(name).display())));
         let Some(instances) = run.try_dir("instances")? else { return Ok(removed) };

@@ -81,6 +81,8 @@ pub struct HostExpectations {
     pub bridges: std::collections::BTreeSet<String>,
     /// Instances that may have a run directory and in-memory drives.
     pub instances: std::collections::BTreeSet<InstanceId>,
+    /// The names of all instances' TAPs; none when an instance cannot be read, whose TAP would be taken for nobody's.
+    pub taps: Option<std::collections::BTreeSet<String>>,
 }
 
 /// How large a console or VMM log may be when mvm looks at it, in bytes: 4 MiB; a quarter of it is kept.

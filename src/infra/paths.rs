@@ -91,6 +91,11 @@ impl Paths {
         self.instance(at).join("snapshot")
     }
 
+    /// What the instance's VMM itself writes to: beside the snapshot, below what is root's only.
+    pub fn vmm_scratch(&self, at: &InstanceAddress) -> PathBuf {
+        self.instance(at).join("vmm")
+    }
+
     /// The guest's console, bounded.
     pub fn console_log(&self, at: &InstanceAddress) -> PathBuf {
         self.instance(at).join("console.log")

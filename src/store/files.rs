@@ -343,6 +343,23 @@ impl DocumentStore for FileStore {
         unreachable!("there are fewer than 2^32 files in a directory")
     }
 
+    fn moved_aside(&self, key: &str) -> Result<Vec<String>, StoreError> {
+        let entries = match fs::read_dir(self.path(key)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(self.error("list", key)(error)),
+        };
+        let mut keys = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(self.error("list", key))?.file_name();
+            let document = name.to_str().and_then(|name| name.strip_prefix('.')?.split_once(".quarantined-"));
+            keys.extend(document.map(|(document, _)| format!("{key}/{document}")));
+        }
+        keys.sort_unstable();
+        keys.dedup();
+        Ok(keys)
+    }
+
     fn lock(&self, key: &str, wait: Wait) -> Result<Box<dyn LockGuard>, StoreError> {
         let mut file = self.open_lock(key)?;
         loop {
@@ -482,6 +499,7 @@ mod tests {
         for n in 1..=2 {
             store.write("a/b.json", b"{").unwrap();
             assert!(store.quarantine("a/b.json").unwrap().ends_with(&format!("a/.b.json.quarantined-{n}")));
+            assert_eq!(store.moved_aside("a").unwrap(), ["a/b.json"]);
         }
         assert_eq!(store.list("a").unwrap(), Vec::<String>::new());
     }

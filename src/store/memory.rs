@@ -139,6 +139,13 @@ impl DocumentStore for MemoryStore {
         Ok(to)
     }
 
+    fn moved_aside(&self, key: &str) -> Result<Vec<String>, StoreError> {
+        let prefix = format!("{key}/.");
+        let documents = self.documents();
+        let aside = documents.keys().filter_map(|key| key.strip_prefix(&prefix)?.strip_suffix(".quarantined"));
+        Ok(aside.filter(|name| !name.contains('/')).map(|name| format!("{key}/{name}")).collect())
+    }
+
     fn lock(&self, key: &str, wait: Wait) -> Result<Box<dyn LockGuard>, StoreError> {
         let mut locks = self.world.locks.lock().unwrap_or_else(PoisonError::into_inner);
         while !locks.0.insert(key.to_owned()) {

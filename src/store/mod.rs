@@ -83,6 +83,9 @@ pub trait DocumentStore: Send + Sync {
     /// Moves a document aside, so that it is never read again, and returns where it is now.
     fn quarantine(&self, key: &str) -> Result<String, StoreError>;
 
+    /// Returns the keys of documents directly below a directory that were moved aside, in order.
+    fn moved_aside(&self, key: &str) -> Result<Vec<String>, StoreError>;
+
     /// Takes the lock named by a key: an object's directory, or a word for a node-wide lock.
     ///
     /// # Errors

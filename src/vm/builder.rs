@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  host                                         guest
-//!  sources   -- job drive, read-only       -->  /run/job/tree
+//!  sources   -- job drive, read-only       -->  /run/job/tree, job.json
 //!               work drive, no name        ---  /nix, /tmp: as large as the build may fill
 //!  log       <-- guest agent, line by line ---  nix, in a group of processes with limits of its own
 //!  image     <-- result drive, one archive ---  vmlinux, initrd, rootfs, vmm.json
@@ -15,8 +15,9 @@
 //! when a limit is met; what bounds it is outside: the machine's memory, the drives' sizes, and this thread's clock.
 
 mod conversation;
+pub mod job;
 mod machine;
-mod result;
+pub mod result;
 mod watchman;
 
 use std::path::{Path, PathBuf};
@@ -192,6 +193,7 @@ mod tests {
     fn a_build_gets_what_memory_there_is() {
         let job = |mem_mib| Job {
             flake_ref: "path:/f".into(),
+            shown: "path:/f".into(),
             tree: "/f".into(),
             attribute: "a".into(),
             limits: crate::image::nix::Limits { mem_mib, ..Default::default() },

@@ -152,9 +152,11 @@ impl Node {
                 for instance in self.pool_instances(&pool, &mut problems)? {
                     let snapshot = self.documents().read::<SnapshotManifest>(&manifest_key(&instance.at()))?;
                     references.used.extend(snapshot.and_then(|snapshot| snapshot.revision));
-                    references.used.extend(instance.revision);
+                    references.used.extend(instance.revision.clone());
+                    self.lost_documents(&format!("{}/snapshot", keys::instance_dir(&instance.at())), &mut problems)?;
                 }
                 let revisions = self.pool_revisions(&pool, &mut problems)?;
+                self.lost_documents(&keys::revisions_dir(&pool), &mut problems)?;
                 references.revisions.insert(pool, revisions);
             }
         }
@@ -162,5 +164,20 @@ impl Node {
             None => Ok(references),
             Some(problem) => Err(LifecycleError::Refused { what: what.to_owned(), why: format!("what is in use is not known: {problem}") }),
         }
+    }
+
+    /// Names documents of a directory that were torn and moved aside, by whomever and whenever, and have not been written anew.
+    fn lost_documents(&self, dir: &str, problems: &mut Vec<String>) -> Result<(), LifecycleError> {
+        let store = self.documents().raw();
+        for key in store.moved_aside(dir)? {
+            if store.read(&key)?.is_none() {
+                let place = store.place(&key);
+                problems.push(format!(
+                    "{place} was torn and moved aside; put it back, or remove it in {} if it is not needed",
+                    store.place(dir)
+                ));
+            }
+        }
+        Ok(())
     }
 }

@@ -105,6 +105,7 @@ impl Node {
             ],
             nic: None,
             run_dir: dir.clone(),
+            scratch: None,
             console_log: dir.join("console.log"),
             vmm_log: dir.join("vmm.log"),
             lifetime: Lifetime::WithCaller,

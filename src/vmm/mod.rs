@@ -10,6 +10,11 @@
 //! A driver does not know of desired state, quotas or documents. It starts processes and names them by
 //! [`ProcessIdentity`]; the caller records them.
 
+pub mod drivers;
+mod facts;
+mod files;
+pub mod firecracker;
+mod process;
 pub mod qemu;
 pub mod simulated;
 
@@ -23,10 +28,13 @@ use serde::{Deserialize, Serialize};
 use crate::infra::process::ProcessIdentity;
 
 /// Which driver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmmKind {
+    /// Firecracker, in a jail.
+    Firecracker,
     /// QEMU's `microvm` machine.
+    #[default]
     Qemu,
     /// The deterministic simulation.
     Simulated,
@@ -36,6 +44,7 @@ impl VmmKind {
     /// The name used on the command line.
     pub fn as_str(self) -> &'static str {
         match self {
+            VmmKind::Firecracker => "firecracker",
             VmmKind::Qemu => "qemu",
             VmmKind::Simulated => "simulated",
         }
@@ -92,6 +101,8 @@ pub enum DriveAccess {
 pub struct Nic {
     /// An open TAP descriptor (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`).
     pub tap: OwnedFd,
+    /// The TAP's name, for a VMM that opens it itself.
+    pub tap_name: String,
     /// The guest's MAC address.
     pub mac: [u8; 6],
 }
@@ -132,6 +143,9 @@ pub struct VmSpec {
     pub nic: Option<Nic>,
     /// An existing directory, root's only, for the sockets.
     pub run_dir: PathBuf,
+    /// A directory on a disk, below one that is root's only, in which the driver may make what the VMM writes to; none for a machine
+    /// that never sleeps.
+    pub scratch: Option<PathBuf>,
     /// Where the guest's console goes; appended to.
     pub console_log: PathBuf,
     /// Where the VMM's own messages go; appended to.
@@ -143,6 +157,9 @@ pub struct VmSpec {
 /// A virtual machine that was started earlier, perhaps by another process of mvm.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmHandle {
+    /// The driver that started it.
+    #[serde(default)]
+    pub vmm: VmmKind,
     /// The VMM's process.
     pub process: ProcessIdentity,
     /// Where its sockets are.
@@ -173,6 +190,17 @@ pub struct VmStats {
     pub rss_kib: u64,
 }
 
+/// One step of a start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VmmCall {
+    /// What it was: `jail`, or a call such as `PUT /drives/root`.
+    pub what: String,
+    /// When it began, in microseconds since the start did.
+    pub began_us: u64,
+    /// How long it took, in microseconds.
+    pub took_us: u64,
+}
+
 /// The names of the files that a snapshot consists of, relative to its directory.
 pub const SNAPSHOT_FILES: [&str; 2] = ["device.state", "memory"];
 
@@ -188,6 +216,13 @@ pub trait Vmm: Send + Sync {
 
     /// Describes what snapshots of machines that start now depend on.
     fn stamp(&self) -> Result<VmmStamp, VmmError>;
+
+    /// Describes what would restore a snapshot with this stamp: the very VMM that made it where that is still there, else the one that
+    /// machines start with now.
+    fn stamp_for(&self, made_by: &VmmStamp) -> Result<VmmStamp, VmmError> {
+        let _ = made_by;
+        self.stamp()
+    }
 
     /// Memory that a virtual machine of this driver needs besides its guest's, in MiB, at most.
     fn overhead_mib(&self) -> u32 {
@@ -218,8 +253,9 @@ pub trait Vmm: Send + Sync {
     /// Nobody may talk to the guest's agent meanwhile: its ports would still take what is sent.
     fn snapshot(&self, vm: &VmHandle, dir: &Path) -> Result<(), VmmError>;
 
-    /// Starts a virtual machine from a snapshot and leaves it paused. The snapshot is mapped, not read, and stays as it is.
-    fn restore(&self, spec: VmSpec, dir: &Path) -> Result<VmHandle, VmmError>;
+    /// Starts a virtual machine from a snapshot and leaves it paused. The snapshot is mapped, not read, and stays as it is. `made_by`
+    /// is what [`Vmm::stamp_for`] said of it.
+    fn restore(&self, spec: VmSpec, dir: &Path, made_by: &VmmStamp) -> Result<VmHandle, VmmError>;
 
     /// Ends the virtual machine at once and returns when it is gone. Idempotent.
     fn kill(&self, vm: &VmHandle) -> Result<(), VmmError>;
@@ -232,6 +268,17 @@ pub trait Vmm: Send + Sync {
 
     /// Finds the machine of an instance that was started and not recorded, if it runs.
     fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError>;
+
+    /// Says why a machine that is gone has ended, as far as its VMM's log and console tell.
+    fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {
+        let _ = (vm, vmm_log);
+        None
+    }
+
+    /// What the last start or restore by this driver consisted of, in order; forgotten afterwards. Empty where it is one step.
+    fn take_timeline(&self) -> Vec<VmmCall> {
+        Vec::new()
+    }
 
     /// Returns what it uses.
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError>;

@@ -218,7 +218,13 @@ impl SimulatedVmm {
 }
 
 fn handle(pid: i32, run_dir: PathBuf, mem_mib: u32) -> VmHandle {
-    VmHandle { process: ProcessIdentity { pid, start_ticks: 0, boot: "simulated".into() }, run_dir, mem_mib, stamp: None }
+    VmHandle {
+        vmm: VmmKind::Simulated,
+        process: ProcessIdentity { pid, start_ticks: 0, boot: "simulated".into() },
+        run_dir,
+        mem_mib,
+        stamp: None,
+    }
 }
 
 fn stamp() -> VmmStamp {
@@ -266,7 +272,7 @@ impl Vmm for SimulatedVmm {
         })
     }
 
-    fn restore(&self, spec: VmSpec, _dir: &Path) -> Result<VmHandle, VmmError> {
+    fn restore(&self, spec: VmSpec, _dir: &Path, _made_by: &VmmStamp) -> Result<VmHandle, VmmError> {
         let at = spec.at.to_string();
         self.step("restore", SimulatedStep::Restore, &at)?;
         self.effect()?;

@@ -155,7 +155,14 @@ fn build(
     let into = rig.path("into");
     let _ = fs::remove_dir_all(&into);
     fs::create_dir(&into).unwrap();
-    let job = Job { flake_ref: format!("path:{}", tree.display()), tree: tree.to_owned(), attribute: attribute.into(), limits };
+    // As a build of a pool gives it: a copy has another name than the flake.
+    let job = Job {
+        flake_ref: "path:/work/tree".into(),
+        shown: format!("path:{}", tree.display()),
+        tree: tree.to_owned(),
+        attribute: attribute.into(),
+        limits,
+    };
     let begun = Instant::now();
     let outcome = VmBuilder::new(node, Egress::None).build(&job, &into, follow);
     eprintln!("took {:?}: {outcome:?}", begun.elapsed());
@@ -317,6 +324,51 @@ fn what_was_built_in_a_microvm_boots_and_a_killed_mvm_leaves_nothing_of_a_build(
     });
 }
 
+/// Notes who calls.
+fn listen() -> (u16, TcpListener) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    (listener.local_addr().unwrap().port(), listener)
+}
+
+#[test]
+fn a_commit_is_built_in_a_microvm_and_nothing_of_it_is_looked_at_on_the_host() {
+    on_a_host_with_builder(2, |rig| {
+        let tree = flake(rig, "echo hello from the build; mkdir $out; exit 0", None);
+        let git = |args: &[&str]| {
+            let dir = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-C", tree.to_str().unwrap()];
+            run("git", &[&dir[..], args].concat())
+        };
+        let (port, listener) = listen();
+        let whole = fs::read_to_string(tree.join("flake.nix")).unwrap();
+        let input = format!("inputs.x = {{ url = \"http://127.0.0.1:{port}/x.tar.gz\"; flake = false; }};\n  outputs = {{ self, x }}:");
+        fs::write(tree.join("flake.nix"), whole.replace("outputs = { self }:", &input)).unwrap();
+        git(&["init", "-q", "-b", "main"]);
+        git(&["add", "."]);
+        git(&["commit", "-q", "-m", "with an input"]);
+        let reference = format!("git+file://{}?ref=main", tree.display());
+        let file = rig.file("fleet.toml", POOL.replace("path:@", &reference).replace("running = 1", "running = 0"));
+        rig.ok(&["apply", "-f", &file]);
+        // With no more than a host with NixOS gives it.
+        let build = || {
+            let mut command = crate::nix::restricted(rig, &["pool", "build", "acme/web"]);
+            finish(command.env("MVM_BUILDER", "vm").spawn().unwrap(), "mvm pool build")
+        };
+        let refused = build();
+        assert!(refused.err.contains("build with `--builder-egress internet`"), "{}", refused.err);
+        assert!(refused.err.contains(&format!("the flake {reference} has inputs, and the microVM")), "{}", refused.err);
+        assert!(!refused.err.contains("/.builds/") && !refused.err.contains("/run/job"), "{}", refused.err);
+        assert!(listener.accept().is_err(), "an input was fetched by the host");
+
+        fs::write(tree.join("flake.nix"), whole).unwrap();
+        git(&["commit", "-q", "-a", "-m", "without one"]);
+        let built = build();
+        // It was built; what it yields is no image.
+        assert!(built.err.contains("hello from the build") && built.err.contains("yields no image: vmlinux is missing"), "{}", built.err);
+        rig.prune();
+    });
+}
+
 /// A tenant with an instance that listens, and another one.
 const NEIGHBOURS: &str = r#"
 schema_version = 1
@@ -374,7 +426,13 @@ fn a_build_reaches_what_is_outside_and_nothing_else() {
             });
             let into = rig.path("into");
             fs::create_dir(&into).unwrap();
-            let job = Job { flake_ref: "path:/f".into(), tree: tree.clone(), attribute: ATTRIBUTE.into(), limits: limits() };
+            let job = Job {
+                flake_ref: "path:/f".into(),
+                shown: "path:/f".into(),
+                tree: tree.clone(),
+                attribute: ATTRIBUTE.into(),
+                limits: limits(),
+            };
             VmBuilder::new(&node, Egress::Internet("acme".parse().unwrap())).build(&job, &into, &*follow).unwrap();
             assert_eq!(probe.join().unwrap(), (String::new(), String::new()));
         });

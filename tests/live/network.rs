@@ -439,7 +439,11 @@ fn what_is_not_ours_stays() {
         node.host.ensure_tenant_network(&tenant(6)).unwrap();
         node.host.ensure_run_dir(&"i-00000001".parse().unwrap()).unwrap();
         node.host.ensure_run_dir(&"i-00000002".parse().unwrap()).unwrap();
-        let expected = HostExpectations { bridges: ["br-tenant-5".to_owned()].into(), instances: ["i-00000001".parse().unwrap()].into() };
+        let expected = HostExpectations {
+            bridges: ["br-tenant-5".to_owned()].into(),
+            instances: ["i-00000001".parse().unwrap()].into(),
+            taps: Some(std::collections::BTreeSet::new()),
+        };
         let removed = node.host.sweep(&expected).unwrap();
         assert_eq!(removed.len(), 3, "{removed:?}");
         assert!(removed.iter().any(|what| what == "bridge br-tenant-6") && removed.iter().any(|what| what == "bridge br-tenant-10"));

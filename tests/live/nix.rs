@@ -3,9 +3,15 @@
 //! They have no inputs, so that nothing is fetched. What they build with is this machine's shell.
 
 use std::fs;
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use mvm::image::nix::{self, BuildWatch, BuilderKind, Limits, Reference};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -280,6 +286,180 @@ fn a_repository_and_a_directory_in_it_are_flakes() {
     });
 }
 
+/// A command with the capabilities that the NixOS module gives to its units, and no more.
+pub fn restricted(rig: &Rig, args: &[&str]) -> Command {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let evaluated = Command::new("nix-instantiate")
+        .args(["--eval", "--strict", "--json", "nix/tests/eval.nix", "-A", "restrictions.mvm-apply.CapabilityBoundingSet"])
+        .current_dir(root)
+        .env("NIX_STATE_DIR", rig.path("nix-state"))
+        .output()
+        .expect("nix-instantiate runs; install the Debian package nix-bin");
+    assert!(evaluated.status.success(), "{}", String::from_utf8_lossy(&evaluated.stderr));
+    let capabilities: Vec<String> = serde_json::from_slice(&evaluated.stdout).unwrap();
+    let bounds = capabilities.iter().map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase())).collect::<String>();
+    let mvm = rig.mvm(args);
+    let mut command = rig.command("setpriv", &["--no-new-privs", &format!("--bounding-set=-all{bounds}")]);
+    command.arg(mvm.get_program()).args(mvm.get_args());
+    command
+}
+
+#[test]
+fn a_host_with_nixos_may_do_what_a_build_in_the_sandbox_needs() {
+    on_a_host(0, |rig| {
+        // Users for builds, as NixOS has them.
+        for (name, line) in [("passwd", "nixbld1:x:30001:30000::/var/empty:/bin/false\n"), ("group", "nixbld:x:30000:nixbld1\n")] {
+            let (place, whole) = (format!("/etc/{name}"), fs::read_to_string(format!("/etc/{name}")).unwrap());
+            let own = rig.file(name, format!("{}\n{line}", whole.trim_end()));
+            crate::wire::run("mount", &["--bind", &own, &place]);
+        }
+        let flake = Flake::small(rig, "flake");
+        flake.builds("tenant-minimal", &format!("id -u; [ $$ -lt 10 ] && [ ! -e {} ] && {COPY}", flake.dir.display()));
+        rig.apply(&pool(&flake.reference(), "running = 0"));
+        let mut command = restricted(rig, &["pool", "build", "acme/web"]);
+        command
+            .env("NIX_CONFIG", "substituters =\nbuild-users-group = nixbld\nsandbox = true\nextra-sandbox-paths = /bin /usr /lib /lib64\n");
+        let ran = finish(command.spawn().unwrap(), "mvm pool build");
+        assert!(ran.status.success(), "{}", ran.err);
+        assert!(revision(rig).is_some());
+    });
+}
+
+/// Serves one file, and notes the first line of everything that it is asked.
+fn serve(file: PathBuf) -> (u16, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (port, asked) = (listener.local_addr().unwrap().port(), Arc::new(Mutex::new(Vec::new())));
+    let heard = asked.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let mut first = String::new();
+            reader.read_line(&mut first).unwrap();
+            let mut line = first.clone();
+            while line.trim() != "" {
+                line.clear();
+                reader.read_line(&mut line).unwrap();
+            }
+            let body = if first.contains("/flake.tar.gz") { fs::read(&file).unwrap() } else { b"secret".to_vec() };
+            heard.lock().unwrap().push(first);
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+            // Who asked may have enough.
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
+        }
+    });
+    (port, asked)
+}
+
+/// Follows nothing.
+struct Quiet;
+
+impl BuildWatch for Quiet {
+    fn line(&self, line: &str) {
+        eprintln!("{line}");
+    }
+
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn sources_for_a_microvm_are_fetched_without_looking_into_them() {
+    on_a_host(0, |rig| {
+        let archive = rig.path("flake.tar.gz");
+        let (port, asked) = serve(archive.clone());
+        let secret = rig.path("secret");
+        fs::create_dir(&secret).unwrap();
+        let marker = format!("mvm-secret-{}", std::process::id());
+        fs::write(secret.join(&marker), "key").unwrap();
+        let stolen = || fs::read_dir("/nix/store").into_iter().flatten().any(|path| path.unwrap().path().join(&marker).exists());
+        let flake = Flake::small(rig, "flake");
+        let inputs = format!(
+            "{{ inputs.a.url = \"http://127.0.0.1:{port}/steal.tar.gz\"; inputs.b.url = \"path:{}\"; outputs = _: {{ }}; }}",
+            secret.display()
+        );
+        flake.file("flake.nix", inputs.as_bytes());
+        flake.file(&format!("own-{marker}"), b"mine");
+        let fetch = |reference: &str, name: &str, limits: Limits| {
+            let work = rig.path(name);
+            fs::create_dir(&work).unwrap();
+            let reference = Reference::locate(reference).unwrap();
+            nix::fetch(&reference, "the flake's sources", BuilderKind::Vm, &work, &limits, &Quiet).map_err(|error| error.to_string())
+        };
+        let whole = |tree: &Path| fs::read(tree.join("flake.nix")).unwrap() == inputs.as_bytes() && tree.join("image/vmlinux").is_file();
+
+        let plain = fetch(&flake.reference(), "plain", Limits::default()).unwrap();
+        assert!(whole(&plain.tree) && plain.locked == flake.reference());
+
+        // A commit, of a repository that would have git run commands, and that is not root's.
+        let git = |args: &[&str]| {
+            let dir = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-C", flake.dir.to_str().unwrap()];
+            crate::wire::run("git", &[&dir[..], args].concat())
+        };
+        let ran = rig.path("ran");
+        git(&["init", "-q", "-b", "main"]);
+        flake.file(".gitattributes", b"* filter=evil\nflake.nix export-subst\nimage export-ignore\n");
+        flake.file("program", b"#!/bin/sh\n");
+        fs::set_permissions(flake.dir.join("program"), fs::Permissions::from_mode(0o755)).unwrap();
+        std::os::unix::fs::symlink("/etc/shadow", flake.dir.join("link")).unwrap();
+        git(&["add", "."]);
+        git(&["commit", "-q", "-m", "first"]);
+        let commit = git(&["rev-parse", "HEAD"]).trim().to_owned();
+        let touch = format!("touch {}", ran.display());
+        for key in ["filter.evil.smudge", "core.fsmonitor", "core.sshCommand", "core.alternateRefsCommand"] {
+            git(&["config", key, &touch]);
+        }
+        flake.file("flake.nix", b"changed, and not committed");
+        fs::set_permissions(rig.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+        crate::wire::run("chown", &["-R", "12345:12345", flake.dir.to_str().unwrap()]);
+        for (name, query) in [("branch", "ref=main".to_owned()), ("rev", format!("rev={commit}"))] {
+            let fetched = fetch(&format!("git+file://{}?{query}", flake.dir.display()), name, Limits::default()).unwrap();
+            assert!(whole(&fetched.tree) && fetched.locked.contains(&format!("rev={commit}")), "{fetched:?}");
+            assert_eq!(fs::read_link(fetched.tree.join("link")).unwrap(), Path::new("/etc/shadow"));
+            assert_eq!(fs::metadata(fetched.tree.join("program")).unwrap().permissions().mode() & 0o777, 0o755);
+            assert!(!fetched.tree.join(".git").exists());
+        }
+        assert!(!ran.exists(), "git ran what the repository names");
+        let other = fetch(&format!("git+file://{}?rev={}", flake.dir.display(), "0".repeat(40)), "none", Limits::default());
+        assert!(other.unwrap_err().contains("git cannot read"));
+        // Somebody else's work tree that says it belongs to this repository, which is for its owner's eyes only.
+        let objects = flake.dir.join(".git/objects");
+        fs::set_permissions(&objects, fs::Permissions::from_mode(0o700)).unwrap();
+        fetch(&format!("git+file://{}?rev={commit}", flake.dir.display()), "private", Limits::default()).unwrap();
+        let thief = rig.path("thief");
+        fs::create_dir(&thief).unwrap();
+        fs::write(thief.join(".git"), format!("gitdir: {}", flake.dir.join(".git").display())).unwrap();
+        crate::wire::run("chown", &["-R", "12346:12346", thief.to_str().unwrap()]);
+        let stolen_commit = fetch(&format!("git+file://{}?rev={commit}", thief.display()), "stolen", Limits::default());
+        assert!(stolen_commit.unwrap_err().contains("git cannot read"));
+        // The host's nix would have git read it, which git refuses.
+        rig.apply(&pool(&format!("git+file://{}?ref=main", flake.dir.display()), "running = 0"));
+        let mut build = rig.mvm(&["pool", "build", "acme/web"]);
+        let refused = finish(build.env("HOME", rig.path("")).spawn().unwrap(), "mvm pool build");
+        assert!(refused.err.contains("belongs to user 12345, and git refuses it to user 0"), "{}", refused.err);
+
+        // What only nix can fetch: it asks for that and for nothing else.
+        flake.file("flake.nix", inputs.as_bytes());
+        crate::wire::run("tar", &["-czf", archive.to_str().unwrap(), "-C", flake.dir.parent().unwrap().to_str().unwrap(), "flake"]);
+        assert_eq!(*asked.lock().unwrap(), Vec::<String>::new());
+        let url = format!("http://127.0.0.1:{port}/flake.tar.gz");
+        let fetched = fetch(&url, "other", Limits::default()).unwrap();
+        assert!(whole(&fetched.tree) && fetched.locked.starts_with(&format!("{url}?narHash=sha256-")), "{fetched:?}");
+        assert!(asked.lock().unwrap().iter().all(|line| line.contains("/flake.tar.gz")), "{asked:?}");
+        assert!(fetched.tree.starts_with(rig.path("other")));
+        assert!(!stolen(), "an input is in the store");
+        assert!(!fs::read_dir("/nix/store").into_iter().flatten().any(|path| path.unwrap().path().join(format!("own-{marker}")).exists()));
+        fs::File::create(flake.dir.join("large")).unwrap().set_len(64 << 20).unwrap();
+        crate::wire::run("sh", &["-c", &format!("head -c 64M /dev/urandom > {}", flake.dir.join("large").display())]);
+        crate::wire::run("tar", &["-czf", archive.to_str().unwrap(), "-C", flake.dir.parent().unwrap().to_str().unwrap(), "flake"]);
+        let small = Limits { disk_mib: 8, ..Limits::default() };
+        let said = fetch(&url, "large", small.clone()).unwrap_err();
+        assert!(said.contains("filled its disk of 8 MiB"), "{said}");
+        assert!(fetch(&flake.reference(), "large-here", small).unwrap_err().ends_with("it has more than 8 MiB"));
+    });
+}
+
 #[test]
 fn what_is_wrong_with_a_flake_is_said_and_the_last_good_image_stays() {
     on_a_host(0, |rig| {
@@ -297,7 +477,13 @@ fn what_is_wrong_with_a_flake_is_said_and_the_last_good_image_stays() {
         flake.file("flake.nix", b"{ outputs = { self }: { }; }");
         refused("it has no packages for this system");
         flake.outputs("tenant-minimal = throw \"not today\";");
-        refused("cannot be evaluated: error: not today");
+        refused(&format!("the flake {} cannot be evaluated: error: not today", flake.reference()));
+        flake.outputs("tenant-minimal = { }.missing;");
+        refused(&format!("at {}/flake.nix:1:", flake.reference()));
+        flake.outputs("tenant-minimal = \"text\";");
+        refused("packages.x86_64-linux.tenant-minimal of the flake");
+        flake.outputs("tenant-minimal = { drvPath = 1; };");
+        refused("is no derivation; an image is what `derivation`");
         flake.file("flake.nix", b"{ outputs = { self }: { packages.x86_64-linux = let x = ; in x; }; }");
         refused("syntax error");
         fs::remove_file(flake.dir.join("flake.nix")).unwrap();
@@ -322,7 +508,7 @@ fn what_is_wrong_with_a_flake_is_said_and_the_last_good_image_stays() {
         };
         let whole = fs::read_to_string(flake.dir.join("mvm-profiles.toml")).unwrap();
         manifest(b"", "it has no version");
-        manifest(&[b'#'; 300_000], "bytes, and 262144 are allowed");
+        manifest(&[b'#'; 300_000], "it has more than 262144 bytes");
         manifest(&whole.as_bytes()[..whole.len() - 3], "mvm-profiles.toml:6:");
         manifest(whole.replace("version = 1", "version = 2").as_bytes(), "it has version 2, and this mvm reads version 1");
         manifest(format!("{whole}colour = \"red\"\n").as_bytes(), "unknown field `colour`");
@@ -336,7 +522,7 @@ fn what_is_wrong_with_a_flake_is_said_and_the_last_good_image_stays() {
         flake.file("mvm-profiles.toml", whole.as_bytes());
         fs::remove_file(flake.dir.join("nix/any.nix")).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", flake.dir.join("nix/any.nix")).unwrap();
-        refused("mvm-profiles.toml: ");
+        refused("mvm-profiles.toml:4:10: profiles.minimal.module: nix/any.nix: a link leads out of the directory");
         // The log of the last build is there to be read.
         let log = fs::read_to_string(rig.state().join("tenants/acme/pools/web/build.log")).unwrap();
         assert!(log.contains("mvm: "), "{log}");
@@ -383,8 +569,9 @@ fn a_build_that_takes_too_much_is_ended_with_everything_it_started() {
             1,
             "its log is larger than 16777216 bytes",
         );
-        // Nix itself waits for the end of a line that never ends.
-        ended("setsid sleep 77704 & tr '\\0' x < /dev/zero", "77704", &["--silence-timeout", "2s"], 5, "it said nothing for 2 s");
+        // Nix itself waits for the end of a line that never ends, up to the same limit.
+        ended("setsid sleep 77704 & tr '\\0' x < /dev/zero", "77704", &[], 1, "its log is larger than 16777216 bytes");
+        ended("setsid sleep 77707 & sleep 77707", "77707", &["--silence-timeout", "2s"], 5, "it said nothing for 2 s");
         ended("while :; do setsid sleep 77705 & done", "77705", &["--max-processes", "150"], 1, "it had more than 150 processes at a time");
         ended("setsid sleep 77706 & tail /dev/zero", "77706", &["--max-mem-mib", "300"], 1, "it used more than 300 MiB of memory");
         flake.builds("tenant-minimal", "mkdir $out; cp ${./image}/* $out; truncate -s 3M $out/initrd");
@@ -402,14 +589,14 @@ fn an_interrupted_and_a_killed_build_leave_nothing_and_the_next_goes_on() {
         let tmp = rig.path("tmp");
         fs::create_dir(&tmp).unwrap();
         let temporary = || fs::read_dir(&tmp).unwrap().count();
-        for (how, word) in [(Signal::INT, "77711"), (Signal::KILL, "77712")] {
+        for (how, word) in [(Signal::INT, "77711"), (Signal::HUP, "77713"), (Signal::KILL, "77712")] {
             flake.builds("tenant-minimal", &format!("setsid sleep {word} & sleep {word}"));
             let child = rig.mvm(&["pool", "build", "acme/web"]).env("TMPDIR", &tmp).spawn().unwrap();
             rig.eventually("the build goes on", Duration::from_secs(60), || processes(word).len() == 2);
             signal(i32::try_from(child.id()).unwrap(), how);
             let ran = finish(child, "mvm pool build");
             rig.eventually("everything is gone", Duration::from_secs(10), || processes(word).is_empty());
-            if how == Signal::INT {
+            if how != Signal::KILL {
                 assert_eq!(ran.code(), 130, "{ran:?}");
                 assert!(ran.err.contains("was interrupted"), "{ran:?}");
             }

@@ -161,10 +161,15 @@ impl Fixture {
             ],
             nic: None,
             run_dir: self.path("run"),
+            scratch: None,
             console_log: self.path("console.log"),
             vmm_log: self.path("vmm.log"),
             lifetime: mvm::vmm::Lifetime::Detached,
         }
+    }
+
+    fn restore(&self, spec: VmSpec, snapshot: &Path) -> Result<VmHandle, VmmError> {
+        self.qemu.restore(spec, snapshot, &self.qemu.stamp().unwrap())
     }
 
     fn stray(&self) -> Option<VmHandle> {
@@ -295,7 +300,7 @@ fn a_machine_sleeps_and_wakes_three_times() {
         let asleep = blake3_of(&memory);
         clock = Instant::now();
         let mut lap = |what: &str| times.push(format!("{what} {:.1} ms", clock.elapsed().as_secs_f64() * 1e3));
-        vm = t.qemu.restore(t.spec(), &snapshot).unwrap();
+        vm = t.restore(t.spec(), &snapshot).unwrap();
         lap("restored");
         t.qemu.resume(&vm).unwrap();
         lap("resumed");
@@ -315,10 +320,10 @@ fn a_machine_sleeps_and_wakes_three_times() {
     t.qemu.snapshot(&vm, &elsewhere).unwrap();
     t.qemu.kill(&vm).unwrap();
     // Put back to sleep without having run.
-    let vm = t.qemu.restore(t.spec(), &elsewhere).unwrap();
+    let vm = t.restore(t.spec(), &elsewhere).unwrap();
     t.qemu.snapshot(&vm, &elsewhere).unwrap();
     t.qemu.kill(&vm).unwrap();
-    let vm = t.qemu.restore(t.spec(), &elsewhere).unwrap();
+    let vm = t.restore(t.spec(), &elsewhere).unwrap();
     t.qemu.resume(&vm).unwrap();
     assert_eq!(t.ask("sum"), format!("{} sum {sum}", count + 1));
 }
@@ -332,15 +337,15 @@ fn a_bad_snapshot_is_refused_and_leaves_no_process() {
     let t = Fixture::new(3);
     let snapshot = t.path("snapshot");
     let [state, memory] = SNAPSHOT_FILES.map(|name| snapshot.join(name));
-    assert!(matches!(t.qemu.restore(t.spec(), &snapshot), Err(VmmError::Io { .. })));
+    assert!(matches!(t.restore(t.spec(), &snapshot), Err(VmmError::Io { .. })));
     fs::write(&state, "").unwrap();
     fs::write(&memory, "short").unwrap();
-    let error = t.qemu.restore(t.spec(), &snapshot).unwrap_err().to_string();
+    let error = t.restore(t.spec(), &snapshot).unwrap_err().to_string();
     assert!(error.ends_with("its memory has 5 bytes and the machine 134217728"), "{error}");
     File::create(&memory).unwrap().set_len(u64::from(MEM_MIB) << 20).unwrap();
     for garbage in [&b""[..], b"QEVM", b"QEVM\0\0\0\x03\x01garbage and more garbage", b"no state at all"] {
         fs::write(&state, garbage).unwrap();
-        let error = t.qemu.restore(t.spec(), &snapshot).unwrap_err();
+        let error = t.restore(t.spec(), &snapshot).unwrap_err();
         assert!(!matches!(error, VmmError::Timeout { .. }), "{error}");
         assert_eq!(t.stray(), None, "{error}");
     }
@@ -414,7 +419,7 @@ fn a_full_disk_fails_the_snapshot_and_nothing_else() {
     t.qemu.pause(&vm).unwrap();
     t.qemu.snapshot(&vm, &t.path("snapshot")).unwrap();
     t.qemu.kill(&vm).unwrap();
-    let vm = t.qemu.restore(t.spec(), &t.path("snapshot")).unwrap();
+    let vm = t.restore(t.spec(), &t.path("snapshot")).unwrap();
     t.qemu.resume(&vm).unwrap();
     assert_eq!(t.ask("woken"), "3 woken");
 }
@@ -428,7 +433,7 @@ fn two_cpus_boot_sleep_and_wake() {
     t.qemu.pause(&vm).unwrap();
     t.qemu.snapshot(&vm, &t.path("snapshot")).unwrap();
     t.qemu.kill(&vm).unwrap();
-    let vm = t.qemu.restore(two(), &t.path("snapshot")).unwrap();
+    let vm = t.restore(two(), &t.path("snapshot")).unwrap();
     t.qemu.resume(&vm).unwrap();
     assert_eq!(t.ask("cpus"), "2 cpus 2");
 }
@@ -454,7 +459,7 @@ fn the_network_is_there_after_a_wake_through_a_new_tap() {
             let guest_mac = [2, 0, 10, 9, 0, 3];
             let tap = TapSpec { name: "tn9i3", bridge: bridge.name, guest_mac, owner: Some(UID), alias: bridge.alias };
             let tap = create_tap(&netlink, &tap).unwrap();
-            VmSpec { nic: Some(Nic { tap, mac: guest_mac }), ..t.spec() }
+            VmSpec { nic: Some(Nic { tap, tap_name: "tn9i3".into(), mac: guest_mac }), ..t.spec() }
         };
         let vm = t.qemu.boot(spec()).unwrap();
         assert_eq!(t.ask("mac"), "1 mac 02:00:0a:09:00:03");
@@ -463,7 +468,7 @@ fn the_network_is_there_after_a_wake_through_a_new_tap() {
         t.qemu.snapshot(&vm, &t.path("snapshot")).unwrap();
         t.qemu.kill(&vm).unwrap();
         assert!(netlink.link("tn9i3").unwrap().is_none(), "the TAP vanishes with QEMU");
-        let vm = t.qemu.restore(spec(), &t.path("snapshot")).unwrap();
+        let vm = t.restore(spec(), &t.path("snapshot")).unwrap();
         t.qemu.resume(&vm).unwrap();
         assert_eq!(t.ask("ping"), "3 ping answered");
     })

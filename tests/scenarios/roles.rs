@@ -2,15 +2,20 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use mvm::agent::desired::DesiredState;
+use mvm::agent::execute::Progress;
 use mvm::agent::plan::Action;
-use mvm::agent::reconciler::ReconcileError;
+use mvm::agent::reconciler::{self, Applied, ApplyOptions, ReconcileError};
+use mvm::infra::kill_switch::KillSwitch;
 use mvm::vm::instance::{StateName, StopMode};
 use mvm::vm::tenant::SecretChange;
 use mvm_types::PoolAddress;
 
-use crate::world::{World, fleet, log, toml};
+use crate::world::{World, apply_on, fleet, log, toml};
 
 const MANIFEST: &str = r#"
 [meta]
@@ -179,6 +184,61 @@ fn no_plan_takes_a_gateway_below_its_minimum() {
     node.stop(&running, StopMode::Force).unwrap();
     world.ready(&desired);
     assert_eq!(world.states("acme/gw"), [1, 1, 1]);
+}
+
+#[test]
+fn while_gateways_are_replaced_another_one_stands_in() {
+    let (world, flake) = (World::new(), flake(MANIFEST));
+    let mut desired = mixed(flake.path(), "");
+    desired.tenants[0].pools[0].desired_counts.running = 2;
+    desired.tenants[0].pools[0].runtime_policy.min_running = 2;
+    world.ready(&desired);
+    let gateways = || world.vmm.machines().into_iter().filter(|(at, paused)| at.starts_with("acme/gw/") && !paused).count();
+    let seen = Mutex::new(Vec::new());
+    let progress = |_: Progress<'_>| seen.lock().unwrap().push(gateways());
+    let cancel = AtomicBool::new(false);
+    let soon = Instant::now() + Duration::from_secs(60);
+    desired.tenants[0].pools[0].instance_resources.mem_mib += 16;
+    let options = ApplyOptions { deadline: soon, parallel: 4, progress: &progress, cancel: &cancel };
+    assert_eq!(reconciler::apply(&world.node(), &desired, &options).unwrap(), Applied::Ready);
+    let seen = seen.into_inner().unwrap();
+    assert_eq!((seen.iter().min(), seen.iter().max()), (Some(&2), Some(&3)), "{seen:?}");
+    world.check();
+    let observed = world.observe();
+    let pool = &observed.tenants["acme"].pools["gw"];
+    assert_eq!(pool.instances.len(), 2);
+    assert!(pool.instances.iter().all(|one| !one.doc.stands_in && one.doc.blueprint.resources.mem_mib == 144));
+    // Where nothing more may run, they stay as they are, and it is said why.
+    desired.tenants[0].pools[0].instance_resources.mem_mib += 16;
+    desired.tenants[0].quotas.max_running = Some(4);
+    let plan = world.plan(&desired);
+    let why = plan.deferred.iter().find(|one| one.object == "acme/gw").unwrap();
+    assert!(why.why.starts_with("2 run at least (min_running of role gateway), and one more cannot run meanwhile: "), "{}", why.why);
+    assert!(
+        !plan.steps.iter().any(|step| matches!(&step.action, Action::Change { target, .. } if target.to_string().starts_with("acme/gw/")))
+    );
+}
+
+#[test]
+fn a_rollout_that_was_cut_off_ends_with_the_wanted_ones() {
+    let (world, flake) = (World::new(), flake(MANIFEST));
+    let mut desired = mixed(flake.path(), "");
+    world.ready(&desired);
+    desired.tenants[0].pools[0].instance_resources.mem_mib += 16;
+    for effect in 0.. {
+        let switch = KillSwitch::at(effect);
+        let Ok(node) = world.process(&switch) else { continue };
+        let done = apply_on(&node, &desired, 1);
+        drop(node);
+        let instances = world.observe().tenants["acme"].pools["gw"].instances.len();
+        assert!(instances <= 2, "{instances} after effect {effect}");
+        if done.is_ok_and(|applied| applied == Applied::Ready) {
+            break;
+        }
+        desired.tenants[0].pools[0].instance_resources.mem_mib ^= 16;
+    }
+    world.ready(&desired);
+    assert_eq!(world.observe().tenants["acme"].pools["gw"].instances.len(), 1);
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod figure;
 mod inside;
 mod live;
 mod machine;
+mod manifests;
 mod measure;
 mod outside;
 mod program;

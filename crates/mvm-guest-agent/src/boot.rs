@@ -59,7 +59,11 @@ fn mount(source: &str, target: &str, kind: &str, data: &str) -> Result<(), BootE
         fs::create_dir(target).map_err(at(target))?;
     }
     let data = std::ffi::CString::new(data).expect("mount options have no NUL");
-    rustix::mount::mount(source, target, kind, flags, Some(data.as_c_str())).map_err(at(format!("mount {target}")))
+    match rustix::mount::mount(source, target, kind, flags, Some(data.as_c_str())) {
+        // A kernel with CONFIG_DEVTMPFS_MOUNT has done it itself where there is no initial RAM disk.
+        Err(rustix::io::Errno::BUSY) if kind == "devtmpfs" => Ok(()),
+        other => other.map_err(at(format!("mount {target}"))),
+    }
 }
 
 fn load_modules() -> Result<(), BootError> {

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::agent::Agent;
+use crate::power;
 use crate::reap::Exit;
 
 /// Names the manager's socket; a leading `@` stands for the NUL of an abstract address.
@@ -44,11 +45,12 @@ pub fn systemd_runs() -> bool {
 /// A sentence, when it did not take the request.
 pub async fn power_off(agent: &Agent) -> Result<(), String> {
     let mut command = Command::new("systemctl");
-    command.args(["--no-block", "poweroff"]).stdin(Stdio::null()).stdout(Stdio::null());
+    let verb = if power::ends_by_restart() { "reboot" } else { "poweroff" };
+    command.args(["--no-block", verb]).stdin(Stdio::null()).stdout(Stdio::null());
     let started = agent.reaper.spawn(&mut command).map_err(|error| format!("systemctl: {error}"))?;
     match started.exit.await {
         Ok(Exit::Code(0)) => Ok(()),
-        Ok(exit) => Err(format!("systemctl poweroff ended with {exit}")),
+        Ok(exit) => Err(format!("systemctl {verb} ended with {exit}")),
         Err(_) => Err("the end of systemctl was not seen".into()),
     }
 }

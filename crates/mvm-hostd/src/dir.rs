@@ -19,6 +19,19 @@ const BELOW: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINK
 /// Symbolic links are followed, and lead nowhere outside the directory.
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
 
+/// An entry of a directory.
+#[derive(Debug)]
+pub enum Found {
+    /// A regular file, open for reading.
+    File(File),
+    /// A symbolic link, and what it leads to.
+    Link(std::ffi::OsString),
+    /// A directory.
+    Directory,
+    /// Something else: a pipe, a device, a socket.
+    Other,
+}
+
 /// An open directory, and the path it was opened by, for messages only.
 #[derive(Debug)]
 pub struct Dir {
@@ -137,6 +150,51 @@ impl Dir {
             return Err(HostdError::refused(what(), "it is no regular file"));
         }
         Ok(Some(fd.into()))
+    }
+
+    /// Opens an entry of somebody else's directory as it is at this moment, without following a link; `None` when it is not there.
+    /// Nothing that is no regular file is opened or waited for.
+    ///
+    /// # Errors
+    /// When a link lies on the way to it.
+    pub fn find(&self, below: impl AsRef<Path>) -> Result<Option<Found>, HostdError> {
+        let what = || format!("cannot open {}", self.path.join(below.as_ref()).display());
+        let place = match self.openat2(below.as_ref(), OFlags::PATH | OFlags::NOFOLLOW, 0) {
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            result => result.during(what)?,
+        };
+        let kind = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|stat| FileType::from_raw_mode(stat.st_mode)).during(what);
+        match kind(&place)? {
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(&place, "", Vec::new()).during(what)?;
+                Ok(Some(Found::Link(OsStr::from_bytes(target.as_bytes()).to_owned())))
+            }
+            FileType::RegularFile => {
+                let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW;
+                let file = self.openat2(below.as_ref(), flags, 0).during(what)?;
+                match kind(&file)? {
+                    FileType::RegularFile => Ok(Some(Found::File(file.into()))),
+                    _ => Err(HostdError::refused(what(), "it changes while it is looked at")),
+                }
+            }
+            FileType::Directory => Ok(Some(Found::Directory)),
+            _ => Ok(Some(Found::Other)),
+        }
+    }
+
+    /// Makes a symbolic link in a directory below this one, which is there or is made.
+    ///
+    /// # Errors
+    /// When something of that name is there, or a link lies on the way to it.
+    pub fn make_link(&self, below: impl AsRef<Path>, target: &OsStr) -> Result<(), HostdError> {
+        let below = below.as_ref();
+        let what = || format!("cannot make {}", self.path.join(below).display());
+        let name = below.file_name().ok_or_else(|| HostdError::refused(what(), "it has no name"))?;
+        let parent = match below.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => self.ensure_dir(parent, 0o755)?,
+            _ => self.reopen()?,
+        };
+        rustix::fs::symlinkat(target, &parent.fd, name).during(what)
     }
 
     /// Replaces a file at once: readers see the old or the new one whole. Not synced: for the run directory.
@@ -271,6 +329,29 @@ mod tests {
         assert!(dir.open_inside("absent").unwrap().is_none());
         for bad in ["absolute", "inner/up", "fifo", "inner", "../x"] {
             assert!(dir.open_inside(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn entries_of_somebody_else_are_what_they_are_and_links_on_the_way_are_refused() {
+        let top = tempfile::tempdir().unwrap();
+        std::fs::create_dir(top.path().join("inner")).unwrap();
+        std::fs::write(top.path().join("inner/file"), b"x").unwrap();
+        std::os::unix::fs::symlink("inner", top.path().join("link")).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, top.path().join("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let dir = Dir::open(top.path()).unwrap();
+        assert!(matches!(dir.find("inner/file").unwrap(), Some(Found::File(_))));
+        assert!(matches!(dir.find("link").unwrap(), Some(Found::Link(target)) if target == "inner"));
+        assert!(matches!(dir.find("inner").unwrap(), Some(Found::Directory)));
+        assert!(matches!(dir.find("fifo").unwrap(), Some(Found::Other)));
+        assert!(dir.find("absent").unwrap().is_none() && dir.find("inner/file/x").unwrap().is_none());
+        for bad in ["link/file", "../x", "/etc/hostname"] {
+            assert!(dir.find(bad).is_err(), "{bad}");
+        }
+        dir.make_link("new/link", OsStr::new("../inner")).unwrap();
+        assert!(matches!(dir.find("new/link").unwrap(), Some(Found::Link(_))));
+        for bad in ["new/link", "link/new", "..", "../x"] {
+            assert!(dir.make_link(bad, OsStr::new("x")).is_err(), "{bad}");
         }
     }
 

@@ -176,6 +176,18 @@ impl Netlink {
         }
     }
 
+    /// Removes the other links that carry the alias, whose names are such and not in `keep`; returns their names.
+    pub fn sweep_ports(&self, alias: &str, is_port: impl Fn(&str) -> bool, keep: impl Fn(&str) -> bool) -> Result<Vec<String>, HostdError> {
+        let mut removed = Vec::new();
+        for link in self.list_links()?.into_iter().filter(|link| !link.is_bridge && link.alias.as_deref() == Some(alias)) {
+            if is_port(&link.name) && !keep(&link.name) {
+                self.remove_link(link.index, &format!("cannot remove interface {}", link.name))?;
+                removed.push(link.name);
+            }
+        }
+        Ok(removed)
+    }
+
     /// Removes the bridges that carry the alias and are not in `keep`; returns their names.
     ///
     /// A bridge whose name begins with `prefix` and that has no alias, but a MAC that begins with `mac`, was left by a

@@ -1,46 +1,44 @@
 # usage: build-job.sh JOB RESULT [NIX-OPTION]...
 #
-# Builds what JOB/job.json names, and leaves in the directory RESULT:
+# Builds what a job drive names, and writes the result as mvm reads it:
 #
-#   image/        the result, copied out of the store
-#   build.log     what nix said
-#   result.json   {"version":1,"status":"built"} or {"version":1,"status":"failed","why":"…"}; written last
+#   JOB/job.json   {"version":1,"attribute":"packages.x86_64-linux.tenant-worker-minimal"}
+#   JOB/tree/      the flake's sources
+#   RESULT         a device or a file, which gets one tar archive of those of vmlinux, initrd, rootfs and vmm.json that there are
 #
-# Fails when the build does. JOB is only read.
+# What nix says goes to standard error. When something is wrong the last line says what, and RESULT stays as it was.
 set -euo pipefail
 
 job=$1 result=$2
 shift 2
 
-answer() {
-  jq --null-input --arg status "$1" --arg why "$2" \
-    '{version: 1, status: $status} + if $why == "" then {} else {why: $why} end' >"$result/result.json.new"
-  mv "$result/result.json.new" "$result/result.json"
-  sync "$result/result.json"
-}
-
 fail() {
-  echo "$1" >&2
-  answer failed "$1"
+  echo "mvm-build-job: $1" >&2
   exit 1
 }
 
-rm -rf "$result/image" "$result/result.json"
-
 version=$(jq '.version' "$job/job.json" 2>/dev/null) || fail "job.json: not there, or not JSON"
 [ "$version" = 1 ] || fail "job.json: version is $version, and only 1 is known"
-installable=$(jq --raw-output '.installable | if type == "string" then . else "" end' "$job/job.json")
-[ -n "$installable" ] || fail "job.json: installable is missing"
-case $installable in
--*) fail "job.json: installable begins with a hyphen" ;;
+attribute=$(jq --raw-output '.attribute | if type == "string" then . else "" end' "$job/job.json")
+[ -n "$attribute" ] || fail "job.json: attribute is missing"
+case $attribute in
+*[!A-Za-z0-9._-]*) fail "job.json: attribute is not made of letters, digits, dots, hyphens and underscores" ;;
 esac
 
 built=$(nix --extra-experimental-features 'nix-command flakes' "$@" \
-  build --no-link --no-write-lock-file --json "$installable" 2>"$result/build.log") ||
-  fail "nix build $installable failed; build.log says why"
+  build --no-link --no-write-lock-file --json "path:$job/tree#$attribute") || fail "the build of $attribute failed"
 out=$(jq --raw-output 'if length == 1 then .[0].outputs.out // "" else "" end' <<<"$built")
-[ -n "$out" ] || fail "$installable is not one thing with an output named out"
+[ -n "$out" ] || fail "$attribute is not one thing with an output named out"
+[ -d "$out" ] || fail "$attribute yields a file, and should yield a directory"
 
-cp --recursive --dereference --no-preserve=mode,ownership "$out" "$result/image" ||
-  fail "$out does not fit on the result drive"
-answer built ""
+cd "$out"
+files=()
+for file in vmlinux initrd rootfs vmm.json; do
+  if [ -f "$file" ]; then
+    files+=("$file")
+  fi
+done
+[ ${#files[@]} != 0 ] || fail "$attribute yields no file of an image"
+# Links are followed here, where what they lead to is.
+tar --create --dereference --hard-dereference --file "$result" "${files[@]}" || fail "$attribute does not fit on the result drive"
+sync "$result"

@@ -33,6 +33,7 @@ let
     "e2fsprogs"
     "erofs-utils"
     "gitMinimal"
+    "gnutar"
     "iproute2"
     "jq"
     "makeWrapper"
@@ -44,6 +45,7 @@ let
     "rustfmt"
     "squashfsTools"
     "systemd"
+    "util-linux"
   ];
 
   # Texts are evaluated with what holds them.

@@ -36,6 +36,8 @@ pub(super) struct Assignment<'a> {
     pub replace: Vec<Chain<'a>>,
     /// How many instances run already and are not changed.
     pub keep_running: u32,
+    /// Those that stand in, and are no part of the wanted counts.
+    pub stand_ins: Vec<&'a ObservedInstance>,
 }
 
 /// Assigns states. `instances` are oldest first; `outdated` tells which ones are made from something else than the pool is now,
@@ -48,8 +50,9 @@ pub(super) fn assign<'a>(
 ) -> Assignment<'a> {
     let mut result = Assignment::default();
     let in_state = |names: &[StateName]| -> VecDeque<&'a ObservedInstance> {
-        instances.iter().filter(|one| names.contains(&one.doc.state.name())).collect()
+        instances.iter().filter(|one| !one.doc.stands_in && names.contains(&one.doc.state.name())).collect()
     };
+    result.stand_ins = instances.iter().filter(|one| one.doc.stands_in).collect();
     let mut running = in_state(&[StateName::Running]);
     let mut warm = in_state(&[StateName::Warm]);
     let mut sleeping = in_state(&[StateName::Sleeping]);

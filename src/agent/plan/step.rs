@@ -122,6 +122,8 @@ pub enum Action {
         pool: PoolAddress,
         /// How many.
         count: u32,
+        /// How many of them, the last ones, only stand in while others are replaced.
+        standing_in: u32,
     },
     /// Makes bridges and packet filter rules what the documents say.
     ApplyNetwork,
@@ -191,8 +193,8 @@ impl Action {
             | Action::BuildImage { pool }
             | Action::Gate { pool, .. }
             | Action::DestroyPool { pool } => pool.to_string(),
-            Action::CreateInstances { pool, count: 1 } => format!("{pool} (1 instance)"),
-            Action::CreateInstances { pool, count } => format!("{pool} ({count} instances)"),
+            Action::CreateInstances { pool, count: 1, .. } => format!("{pool} (1 instance)"),
+            Action::CreateInstances { pool, count, .. } => format!("{pool} ({count} instances)"),
             Action::Recover { at } => at.to_string(),
             Action::ApplyNetwork => "bridges and packet filter".to_owned(),
             Action::Change { target, .. } => target.to_string(),

@@ -37,6 +37,8 @@ struct PoolWork<'a> {
     gate: Option<usize>,
     /// Why it will not have them in this pass.
     not_ready: Option<String>,
+    /// What runs beside its instances while they are replaced.
+    stand_in: Option<Target>,
 }
 
 impl Planner<'_> {
@@ -273,6 +275,11 @@ impl Planner<'_> {
         };
         let whole = self.observed;
         work.assignment = assign(spec.desired_counts, &observed.instances, outdated, |one| whole.lost_tap(one).is_some());
+        let Assignment { down, replace, stand_ins, .. } = &mut work.assignment;
+        if !replace.iter().any(|chain| chain.goal == StateName::Running) {
+            let gone = |one: &'a ObservedInstance| Chain { instance: Some(one), verbs: destroy_verbs(one), goal: StateName::Destroyed };
+            down.extend(stand_ins.drain(..).map(gone));
+        }
         work
     }
 
@@ -303,6 +310,10 @@ impl Planner<'_> {
             self.defer(pool, "build image", &why, Some(wait));
             return if missing { Err("it has no image".to_owned()) } else { Ok(None) };
         }
+        let why = match failure {
+            Some(failure) => format!("{why}; the last try failed: {}", failure.error),
+            None => why.to_owned(),
+        };
         // Once for all that share it: the others find it built.
         let first = shared.as_ref().and_then(|shared| self.builds.get(shared)).copied().map(needs);
         let step = self.step(Action::BuildImage { pool: pool.clone() }, why, after.iter().copied().chain(first).collect());
@@ -319,10 +330,10 @@ impl Planner<'_> {
 
     /// Tells whether a failure still waits, with what to say.
     fn waits(&self, failure: Option<&crate::infra::failure::Failure>) -> Option<(String, Duration)> {
-        let failure = failure.filter(|_| self.retry == Retry::WhenDue)?;
+        let failure = failure.filter(|_| self.retry != Retry::Now)?;
         let wait = failure.wait(self.now);
         let times = if failure.attempts == 1 { "once".to_owned() } else { format!("{} times", failure.attempts) };
-        (!wait.is_zero()).then(|| (format!("{} failed {times}: {}", failure.step, failure.error), wait))
+        (!wait.is_zero() || self.retry == Retry::Never).then(|| (format!("{} failed {times}: {}", failure.step, failure.error), wait))
     }
 
     /// Plans what goes down in a pool, after the pools that wait for it.
@@ -351,12 +362,15 @@ impl Planner<'_> {
             let what = chain.verbs[0].as_str();
             let wait = if leaves_running(&chain) && running <= policy.min_running {
                 Some((format!("{} of {pool} run at least (min_running of role {})", policy.min_running, spec.role), None))
-            } else if spec.pinned {
+            } else if spec.pinned && !instance.doc.stands_in {
                 Some(("the pool is pinned".to_owned(), None))
             } else if let Some(first) = &first {
                 Some((format!("pool {}/{first} goes down first, and cannot yet", tenant.tenant_id), None))
             } else if let Some((why, wait)) = self.waits(instance.doc.failure.as_ref()) {
                 Some((why, Some(wait)))
+            } else if instance.doc.stands_in {
+                // It ran for the others' sake, however long that was.
+                None
             } else {
                 sleep_policy::may(chain.verbs[0], &instance.doc.state, &policy, self.now).err().map(|keep| (keep.why, Some(keep.wait)))
             };
@@ -364,7 +378,7 @@ impl Planner<'_> {
             if let Some((why, wait)) = wait {
                 work.down_deferred = true;
                 // What goes away only because there is too much of a pinned pool stays for good: nothing waits for it.
-                if !spec.pinned {
+                if !spec.pinned || instance.doc.stands_in {
                     self.defer(&at, what, why, wait);
                 } else {
                     work.down_deferred = false;
@@ -389,6 +403,7 @@ impl Planner<'_> {
                 _ => {}
             }
             let why = match chain.goal {
+                StateName::Destroyed if instance.doc.stands_in => "it stood in for others, which run again".to_owned(),
                 StateName::Destroyed => {
                     format!("{} instances are wanted, and this is the newest beyond them", spec.desired_counts.total())
                 }
@@ -435,11 +450,25 @@ impl Planner<'_> {
             replace.clear();
         }
         *replace = self.with_room_again(tenant, spec, std::mem::take(replace));
-        let new = up.iter().filter(|chain| chain.instance.is_none()).count();
-        if new > 0 {
-            let why = format!("{pool} wants {} in all", spec.desired_counts.total());
-            let count = u32::try_from(new).unwrap_or(u32::MAX);
-            work.created = Some(self.step(Action::CreateInstances { pool: pool.clone(), count }, why, work.ready.clone()));
+        let new = u32::try_from(up.iter().filter(|chain| chain.instance.is_none()).count()).unwrap_or(u32::MAX);
+        match self.stand_in(tenant, spec, &work.assignment, new) {
+            Ok(stand_in) => work.stand_in = stand_in,
+            Err(why) => {
+                let replace = &mut work.assignment.replace;
+                self.defer(&pool, format!("replace {}", replace.len()), why, None);
+                replace.clear();
+            }
+        }
+        let Assignment { up, replace, .. } = &work.assignment;
+        let standing_in = u32::from(matches!(work.stand_in, Some(Target::New { .. })));
+        let count = new + standing_in;
+        if count > 0 {
+            let why = match new {
+                0 => format!("it stands in while instances of {pool} are replaced"),
+                _ => format!("{pool} wants {} in all", spec.desired_counts.total()),
+            };
+            let action = Action::CreateInstances { pool: pool.clone(), count, standing_in };
+            work.created = Some(self.step(action, why, work.ready.clone()));
         }
         let running = up.iter().chain(replace.iter()).filter(|chain| chain.goal == StateName::Running).count();
         let ready = u64::from(work.assignment.keep_running) + running as u64;
@@ -447,6 +476,40 @@ impl Planner<'_> {
         if ready < wanted {
             work.not_ready = Some(format!("{} pool {pool} has {ready} of {wanted} ready", spec.role));
         }
+    }
+
+    /// Finds what keeps enough instances running while others are replaced, one at a time; `None` where enough run without it. `new` is
+    /// how many instances are made besides.
+    ///
+    /// # Errors
+    /// Why they cannot be replaced.
+    fn stand_in(
+        &mut self,
+        tenant: &DesiredTenant,
+        spec: &PoolSpec,
+        assignment: &Assignment<'_>,
+        new: u32,
+    ) -> Result<Option<Target>, String> {
+        let Assignment { up, replace, keep_running, stand_ins, .. } = assignment;
+        let count = |chains: &[Chain<'_>]| {
+            u32::try_from(chains.iter().filter(|chain| chain.goal == StateName::Running).count()).unwrap_or(u32::MAX)
+        };
+        let replaced = count(replace);
+        let least = sleep_policy::effective(&spec.runtime_policy, &self.observed.roles.of(spec)).min_running;
+        if replaced == 0 || keep_running + count(up) + replaced > least {
+            return Ok(None);
+        }
+        if let Some(one) = stand_ins.first() {
+            return match self.waits(one.doc.failure.as_ref()) {
+                None => Ok(Some(Target::Existing(one.doc.at()))),
+                Some((why, _)) => Err(format!("{} stands in for them, and does not come up: {why}", one.doc.at())),
+            };
+        }
+        self.room
+            .take(&Self::ask(tenant, spec), true, StateName::Running)
+            .map_err(|why| format!("{least} run at least (min_running of role {}), and one more cannot run meanwhile: {why}", spec.role))?;
+        let pool = PoolAddress::new(tenant.tenant_id.clone(), spec.pool_id.clone());
+        Ok(Some(Target::New { pool, ordinal: new }))
     }
 
     fn chain_waits(&self, chain: &Chain<'_>) -> Option<(mvm_types::InstanceAddress, String, Duration)> {
@@ -493,12 +556,14 @@ impl Planner<'_> {
                 _ => {}
             }
         }
+        let standing = self.start_stand_in(works.get_mut(&spec.pool_id).expect("every pool has work").stand_in.take(), &pool, &after);
         // One after the other, and no further when one does not come up.
         let mut rolling: Option<usize> = None;
         for chain in &replace {
             let one = chain.instance.expect("what is replaced is there");
             let mut after = after.clone();
             after.extend(ends.iter().copied());
+            after.extend(standing.map(needs));
             after.extend(rolling.map(needs));
             let why = match self.observed.lost_tap(one).filter(|_| !chain.verbs.contains(&Verb::Rebuild)) {
                 Some(tap) => format!("its TAP {tap} is gone"),
@@ -514,6 +579,29 @@ impl Planner<'_> {
             let gate = self.step(Action::Gate { pool, wanted }, "what waits for this pool starts when it is ready", ends);
             works.get_mut(&spec.pool_id).expect("every pool has work").gate = Some(gate);
         }
+    }
+
+    /// Plans the start of what stands in, unless it runs, and returns the last step.
+    fn start_stand_in(&mut self, stand_in: Option<Target>, pool: &PoolAddress, after: &[Edge]) -> Option<usize> {
+        let target = stand_in?;
+        // The next pass ends it.
+        self.plan.look_again = Some(Duration::ZERO);
+        let state = match &target {
+            Target::New { .. } => StateName::Ready,
+            Target::Existing(at) => {
+                let there = self.observed.tenants.get(&at.tenant).and_then(|tenant| tenant.pools.get(&at.pool));
+                there?.instances.iter().find(|one| one.doc.instance_id == at.instance)?.doc.state.name()
+            }
+        };
+        let verbs = match state {
+            StateName::Running => return None,
+            StateName::Warm => vec![Verb::Resume],
+            StateName::Sleeping => vec![Verb::Wake],
+            StateName::Created => vec![Verb::Rebuild, Verb::Start],
+            _ => vec![Verb::Start],
+        };
+        let chain = Chain { instance: None, verbs, goal: StateName::Running };
+        Some(self.chain(&target, &chain, &format!("it stands in while instances of {pool} are replaced"), after.to_vec()))
     }
 
     fn ask<'s>(tenant: &'s DesiredTenant, spec: &'s PoolSpec) -> Ask<'s> {

@@ -33,6 +33,17 @@ pub enum BuildError {
         /// What nix said, shortened.
         said: String,
     },
+    /// The flake has inputs, and who builds it reaches nothing.
+    #[error(
+        "the flake {flake_ref} has inputs, and the microVM that builds it has no network and no registry of this host; give them by \
+         addresses that are reached from outside of this host, and build with `--builder-egress internet`: {said}"
+    )]
+    NoEgress {
+        /// The reference.
+        flake_ref: String,
+        /// What nix said, shortened.
+        said: String,
+    },
     /// The flake has no such attribute.
     #[error("the flake {flake_ref} has no {attribute}; {}", known_list(.known))]
     NoAttribute {
@@ -43,6 +54,14 @@ pub enum BuildError {
         /// What there is beside it: names below `packages.<system>`.
         known: Vec<String>,
     },
+    /// The attribute is something else than a build.
+    #[error("{attribute} of the flake {flake_ref} is no derivation; an image is what `derivation`, or a function over it, gives")]
+    NoDerivation {
+        /// The reference.
+        flake_ref: String,
+        /// What was looked for.
+        attribute: String,
+    },
     /// The build failed.
     #[error("the build of {attribute} failed: {said}")]
     Failed {
@@ -52,7 +71,7 @@ pub enum BuildError {
         said: String,
     },
     /// It took too long.
-    #[error("the build of {attribute} was ended after {}: it may take no longer, unless `mvm pool build --timeout` says so; its last words: {last:?}", seconds(.after))]
+    #[error("the build of {attribute} was ended after {}: it may take no longer, unless `mvm pool build --timeout` says so{}", seconds(.after), last_words(.last))]
     Time {
         /// What was built.
         attribute: String,
@@ -62,7 +81,7 @@ pub enum BuildError {
         last: String,
     },
     /// It said nothing for too long.
-    #[error("the build of {attribute} was ended: it said nothing for {}, and `mvm pool build --silence-timeout` allows more; its last words: {last:?}", seconds(.after))]
+    #[error("the build of {attribute} was ended: it said nothing for {}, and `mvm pool build --silence-timeout` allows more{}", seconds(.after), last_words(.last))]
     Silence {
         /// What was built.
         attribute: String,
@@ -149,6 +168,14 @@ impl BuildError {
         move |source| BuildError::File { path, source }
     }
 
+    /// The error of a build that had a part of the time that it may take, because another part was gone before.
+    pub fn of_whole_time(self, whole: Duration) -> BuildError {
+        match self {
+            BuildError::Time { attribute, last, .. } => BuildError::Time { attribute, after: whole, last },
+            other => other,
+        }
+    }
+
     /// Whether the limit of time was what ended it.
     pub fn is_timeout(&self) -> bool {
         matches!(self, BuildError::Time { .. } | BuildError::Silence { .. })
@@ -165,6 +192,11 @@ fn seconds(span: &Duration) -> String {
     format!("{} s", span.as_secs_f64())
 }
 
+/// What it said last, if it said anything.
+fn last_words(last: &str) -> String {
+    if last.is_empty() { String::new() } else { format!("; its last words: {last:?}") }
+}
+
 fn known_list(known: &[String]) -> String {
     const MOST: usize = 20;
     match known.len() {
@@ -177,6 +209,18 @@ fn known_list(known: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_said_nothing_has_no_last_words() {
+        let silent = |last: &str| {
+            let last = last.to_owned();
+            BuildError::Silence { attribute: "a".into(), after: Duration::from_secs(2), last }.to_string()
+        };
+        assert!(silent("").ends_with("allows more"), "{}", silent(""));
+        assert!(silent("begun").ends_with("allows more; its last words: \"begun\""), "{}", silent("begun"));
+        let part = BuildError::Time { attribute: "a".into(), after: Duration::from_secs(2), last: String::new() };
+        assert!(part.of_whole_time(Duration::from_secs(9)).to_string().contains("was ended after 9 s"));
+    }
 
     #[test]
     fn a_missing_attribute_lists_those_that_are_there() {

@@ -4,18 +4,21 @@
 //! an unchanged tree costs one `lstat` a file.
 
 use std::collections::BTreeMap;
-use std::fs::{self, Metadata};
-use std::io::{self, ErrorKind};
+use std::fs::{self, File, Metadata};
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::{Reference, git_index};
 
 /// The most files of a flake.
 const MOST_FILES: usize = 200_000;
+/// The most bytes of a flake's files: nix copies all of them into its store.
+const MOST_BYTES: u64 = 2 << 30;
 /// How deep directories may lie in each other.
 const MOST_DEPTH: usize = 64;
 /// The largest index or reference of git that is read, in bytes.
@@ -98,19 +101,37 @@ pub fn has(reference: &Reference, name: &str) -> Result<bool, String> {
 /// A sentence: what cannot be read.
 pub fn fingerprint(reference: &Reference, seen: &mut Seen) -> Result<Option<String>, String> {
     match reference {
+        Reference::Git { rev: Some(_), .. } | Reference::Git { branch: Some(_), .. } => {
+            Ok(commit(reference)?.map(|commit| format!("rev:{commit}")))
+        }
+        _ => Ok(look(reference, seen)?.map(|sources| sources.fingerprint)),
+    }
+}
+
+/// The commit that a reference names; `None` when it is a work tree, or not on this host.
+///
+/// # Errors
+/// A sentence: why it names none.
+pub fn commit(reference: &Reference) -> Result<Option<String>, String> {
+    match reference {
         // A commit does not change.
-        Reference::Git { rev: Some(rev), .. } => Ok(Some(format!("rev:{rev}"))),
+        Reference::Git { rev: Some(rev), .. } if is_commit(rev) => Ok(Some(rev.clone())),
+        Reference::Git { rev: Some(rev), .. } => Err(format!("rev={rev} is no commit; write its whole name, 40 or 64 hexadecimal digits")),
         Reference::Git { root, branch: Some(branch), .. } => {
             let git = git_dir(root)?;
             for name in [format!("refs/heads/{branch}"), format!("refs/tags/{branch}"), branch.clone()] {
                 if let Some(commit) = resolve(&git, &name, 0)? {
-                    return Ok(Some(format!("rev:{commit}")));
+                    return Ok(Some(commit));
                 }
             }
             Err(format!("the repository {} has no branch or tag {branch:?}", root.display()))
         }
-        _ => Ok(look(reference, seen)?.map(|sources| sources.fingerprint)),
+        _ => Ok(None),
     }
+}
+
+fn is_commit(text: &str) -> bool {
+    matches!(text.len(), 40 | 64) && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 fn walk(root: &Path, below: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<(), String> {
@@ -149,6 +170,7 @@ fn sources(root: &Path, mut files: Vec<PathBuf>, kind: &str, seen: &mut Seen) ->
     hasher.update(kind.as_bytes());
     let mut still = BTreeMap::new();
     let mut there = Vec::with_capacity(files.len());
+    let mut left = MOST_BYTES;
     for file in files {
         let path = root.join(&file);
         let wrong = |error: io::Error| format!("{}: {error}", path.display());
@@ -164,6 +186,11 @@ fn sources(root: &Path, mut files: Vec<PathBuf>, kind: &str, seen: &mut Seen) ->
             // A submodule, which nix leaves out.
             continue;
         } else if meta.is_file() {
+            // Before any of it is read: it may be a hole of terabytes.
+            left = left.checked_sub(meta.len()).ok_or_else(|| {
+                let (root, most) = (root.display(), MOST_BYTES >> 20);
+                format!("{root} has more than {most} MiB with {}; move what is no source out of the flake", file.display())
+            })?;
             let hash = content_hash(&file, &path, &meta, now, seen, &mut still).map_err(wrong)?;
             (if meta.mode() & 0o100 == 0 { "file" } else { "program" }, hash)
         } else {
@@ -202,7 +229,13 @@ fn content_hash(
         }
     }
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(fs::File::open(path)?)?;
+    // Somebody else may have put a link or a pipe in its place since it was looked at.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let open = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !open.metadata()?.is_file() {
+        return Err(io::Error::other("it changes while it is read"));
+    }
+    hasher.update_reader(open.take(meta.len()))?;
     as_seen.blake3 = hasher.finalize().to_hex().to_string();
     let hash = as_seen.blake3.clone();
     if now - as_seen.mtime_ns.max(as_seen.ctime_ns) > SETTLED_NS {
@@ -212,7 +245,7 @@ fn content_hash(
 }
 
 /// The directory of a repository: `.git`, what a `.git` file of a work tree names, or the directory itself where it is bare.
-fn git_dir(root: &Path) -> Result<PathBuf, String> {
+pub(super) fn git_dir(root: &Path) -> Result<PathBuf, String> {
     let dot = root.join(".git");
     match fs::metadata(&dot) {
         Ok(meta) if meta.is_dir() => Ok(dot),
@@ -232,8 +265,17 @@ fn head(git: &Path) -> Result<String, String> {
     let text = read_text(&git.join("HEAD"))?.ok_or_else(|| format!("{} has no HEAD", git.display()))?;
     match text.trim().strip_prefix("ref: ") {
         Some(name) => Ok(resolve(git, name, 0)?.unwrap_or_else(|| "none".to_owned())),
-        None => Ok(text.trim().to_owned()),
+        None if is_commit(text.trim()) => Ok(text.trim().to_owned()),
+        None => Err(format!("{} names no commit", git.join("HEAD").display())),
     }
+}
+
+/// What a work tree of its own shares with the repository that it belongs to: branches and objects.
+pub(super) fn common_dir(git: &Path) -> Result<PathBuf, String> {
+    Ok(match read_text(&git.join("commondir"))? {
+        Some(dir) => git.join(dir.trim()),
+        None => git.to_owned(),
+    })
 }
 
 /// Finds the commit of a reference of git; `None` when there is no such reference.
@@ -242,15 +284,13 @@ fn resolve(git: &Path, name: &str, depth: u32) -> Result<Option<String>, String>
     if !plain || depth > 5 {
         return Err(format!("{name:?} is no reference of git"));
     }
-    // A work tree of its own shares the branches of the repository that it belongs to.
-    let common = match read_text(&git.join("commondir"))? {
-        Some(dir) => git.join(dir.trim()),
-        None => git.to_owned(),
-    };
+    let common = common_dir(git)?;
     for dir in [git, common.as_path()] {
         if let Some(text) = read_text(&dir.join(name))? {
             return match text.trim().strip_prefix("ref: ") {
                 Some(next) => resolve(git, next, depth + 1),
+                // By a link it may be any file of this host, of which nothing is shown.
+                None if !is_commit(text.trim()) => Err(format!("{} names no commit", dir.join(name).display())),
                 None => Ok(Some(text.trim().to_owned())),
             };
         }
@@ -340,7 +380,7 @@ mod tests {
         assert_ne!(fingerprint(&reference, &mut seen).unwrap(), first);
         // The same size and time, and another content: the change of the inode's time tells.
         fs::write(&file, "two").unwrap();
-        fs::File::options().write(true).open(&file).unwrap().set_modified(meta.modified().unwrap()).unwrap();
+        File::options().write(true).open(&file).unwrap().set_modified(meta.modified().unwrap()).unwrap();
         let changed = fingerprint(&reference, &mut seen).unwrap();
         assert_eq!(changed, fingerprint(&reference, &mut Seen::default()).unwrap());
         assert_ne!(changed, first);
@@ -387,6 +427,70 @@ mod tests {
         assert_eq!(fingerprint_of(&other), committed, "the same commit without changes, in another work tree");
         let missing = Reference::Git { root: dir.path().into(), dir: None, branch: Some("none".into()), rev: None };
         assert!(fingerprint(&missing, &mut Seen::default()).unwrap_err().contains("no branch or tag \"none\""));
+    }
+
+    #[test]
+    fn an_index_that_does_not_list_all_files_is_refused_with_what_makes_it_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let git = |args: &[&str]| {
+            let output = Command::new("git").arg("-C").arg(dir.path()).args(args).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+        };
+        git(&["init", "-q", "--object-format=sha256", "-b", "main"]);
+        fs::write(dir.path().join("flake.nix"), "{}").unwrap();
+        git(&["add", "flake.nix"]);
+        let reference = Reference::Git { root: dir.path().into(), dir: None, branch: None, rev: None };
+        let whole = fingerprint_of(&reference);
+        fs::write(dir.path().join("flake.nix"), "{ }").unwrap();
+        assert_ne!(fingerprint_of(&reference), whole);
+        git(&["update-index", "--split-index"]);
+        let refused = fingerprint(&reference, &mut Seen::default()).unwrap_err();
+        assert!(refused.contains("git update-index --no-split-index"), "{refused}");
+        git(&["update-index", "--no-split-index"]);
+        assert_ne!(fingerprint_of(&reference), whole);
+    }
+
+    #[test]
+    fn a_flake_that_is_too_large_is_refused_before_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        File::create(dir.path().join("hole")).unwrap().set_len(7 << 40).unwrap();
+        let reference = Reference::Path { dir: dir.path().into() };
+        let refused = fingerprint(&reference, &mut Seen::default()).unwrap_err();
+        assert!(refused.contains("more than 2048 MiB with hole"), "{refused}");
+    }
+
+    #[test]
+    fn a_file_that_is_a_link_or_a_pipe_by_now_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "x").unwrap();
+        let meta = fs::symlink_metadata(&path).unwrap();
+        let read = || content_hash(Path::new("file"), &path, &meta, 0, &Seen::default(), &mut BTreeMap::new());
+        read().unwrap();
+        fs::remove_file(&path).unwrap();
+        symlink("/etc/hostname", &path).unwrap();
+        read().unwrap_err();
+        fs::remove_file(&path).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert!(read().unwrap_err().to_string().contains("it changes while it is read"));
+    }
+
+    #[test]
+    fn what_is_no_commit_is_not_taken_for_one_nor_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join(".git/refs/heads")).unwrap();
+        symlink("/etc/hostname", dir.path().join(".git/refs/heads/main")).unwrap();
+        let reference = |branch: Option<&str>, rev: Option<&str>| Reference::Git {
+            root: dir.path().into(),
+            dir: None,
+            branch: branch.map(str::to_owned),
+            rev: rev.map(str::to_owned),
+        };
+        let refused = commit(&reference(Some("main"), None)).unwrap_err();
+        assert!(refused.ends_with("refs/heads/main names no commit"), "{refused}");
+        assert!(commit(&reference(None, Some("abc"))).unwrap_err().contains("write its whole name"));
+        let whole = "0".repeat(40);
+        assert_eq!(commit(&reference(Some("main"), Some(&whole))), Ok(Some(whole)));
     }
 
     #[test]

@@ -3,11 +3,20 @@
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
+/// The lengths of git's two hashes, SHA-1 and SHA-256, in bytes.
+const HASHES: [usize; 2] = [20, 32];
+
 /// Reads the paths of an index.
 ///
 /// # Errors
 /// A sentence: why it cannot be read.
 pub fn paths(index: &[u8]) -> Result<Vec<PathBuf>, String> {
+    let [sha1, sha256] = HASHES.map(|hash| read(index, hash));
+    // With the wrong length its end is not where it should be. What is wrong with it is said as for the usual one.
+    sha1.or_else(|why| sha256.map_err(|_| why))
+}
+
+fn read(index: &[u8], hash: usize) -> Result<Vec<PathBuf>, String> {
     const CUT: &str = "git's index is cut off";
     let word = |at: usize| -> Result<u32, String> {
         let bytes = index.get(at..at + 4).ok_or(CUT)?;
@@ -24,8 +33,8 @@ pub fn paths(index: &[u8]) -> Result<Vec<PathBuf>, String> {
     let mut at = 12;
     let mut name: Vec<u8> = Vec::new();
     for _ in 0..word(8)? {
-        // 40 bytes of times and the like, the hash of 20 bytes, the flags; version 3 has more of them where bit 14 is set.
-        let flags_at = at + 60;
+        // 40 bytes of times and the like, the hash, the flags; version 3 has more of them where bit 14 is set.
+        let flags_at = at + 40 + hash;
         let flags = index.get(flags_at..flags_at + 2).ok_or(CUT)?;
         let extended = version >= 3 && flags[0] & 0x40 != 0;
         let start = flags_at + if extended { 4 } else { 2 };
@@ -46,7 +55,17 @@ pub fn paths(index: &[u8]) -> Result<Vec<PathBuf>, String> {
         }
         found.push(PathBuf::from(std::ffi::OsString::from_vec(name.clone())));
     }
-    Ok(found)
+    // Extensions up to the hash over everything before it. One in small letters changes what the entries mean.
+    while at + hash < index.len() {
+        let name = index.get(at..at + 4).ok_or(CUT)?;
+        match name {
+            b"link" => return Err(format!("git's index is split; {} makes it whole", "`git update-index --no-split-index`")),
+            b"sdir" => return Err(format!("git's index is sparse; {} makes it whole", "`git sparse-checkout disable`")),
+            _ if name[0].is_ascii_uppercase() => at += 8 + word(at + 4)? as usize,
+            _ => return Err(format!("git's index has an extension {:?}, which changes its meaning", String::from_utf8_lossy(name))),
+        }
+    }
+    if at + hash == index.len() { Ok(found) } else { Err(CUT.to_owned()) }
 }
 
 /// A number as git's pack files write offsets: seven bits a byte, most significant first, one added for each continuation.
@@ -89,6 +108,8 @@ mod tests {
             }
             before = name;
         }
+        bytes.extend(b"TREE\x00\x00\x00\x03abc");
+        bytes.extend([9; 20]);
         bytes
     }
 

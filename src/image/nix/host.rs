@@ -19,9 +19,23 @@ pub struct HostBuilder;
 
 /// What an evaluation tells of a flake's packages.
 #[derive(Deserialize)]
-struct Packages {
-    names: Vec<String>,
-    drv: Option<String>,
+pub struct Packages {
+    /// What there is.
+    pub names: Vec<String>,
+    /// Whether the one that was asked for is among them.
+    pub there: bool,
+    /// Its derivation, if it is one.
+    pub drv: Option<String>,
+    /// Its output, if it is one.
+    pub out: Option<String>,
+}
+
+/// The function of Nix that tells of a flake's packages, for one of them; its name was checked.
+pub fn attributes(name: &str) -> String {
+    format!(
+        "p: let there = p ? \"{name}\"; one = p.\"{name}\"; is = there && builtins.isAttrs one && one ? drvPath && one ? outPath; in \
+         {{ names = builtins.attrNames p; inherit there; drv = if is then one.drvPath else null; out = if is then one.outPath else null; }}"
+    )
 }
 
 impl FlakeBuilder for HostBuilder {
@@ -31,11 +45,21 @@ impl FlakeBuilder for HostBuilder {
 
     fn build(&self, job: &Job, into: &Path, watch: &dyn BuildWatch) -> Result<Provenance, BuildError> {
         let work = into.parent().unwrap_or(into);
-        let tmp = temporary(work)?;
-        let built = build(&Run::new(&job.attribute, &job.limits, &tmp, watch), job, work, into);
-        remove(&tmp);
-        built
+        in_scratch(work, |tmp| {
+            let run = Run::new(&job.attribute, &job.limits, tmp, watch);
+            // What the flake is called for this build is nobody's business.
+            let run = run.naming(&job.flake_ref, &job.shown).naming(&job.tree.display().to_string(), &job.shown);
+            build(&run, job, work, into)
+        })
     }
+}
+
+/// Does something with a directory for temporary files, which is gone afterwards.
+pub(super) fn in_scratch<T>(work: &Path, act: impl FnOnce(&Path) -> Result<T, BuildError>) -> Result<T, BuildError> {
+    let tmp = temporary(work)?;
+    let outcome = act(&tmp);
+    remove(&tmp);
+    outcome
 }
 
 /// A directory for nix's temporary files that its build users can enter, noted so that a killed build's is found.
@@ -79,7 +103,12 @@ fn build(run: &Run<'_>, job: &Job, work: &Path, into: &Path) -> Result<Provenanc
     let realise = ["--realise", &output, "--add-root"].map(OsStr::new);
     let ended = run.nix("nix-store", &[&realise[..], &[root.as_os_str()]].concat())?;
     if !ended.status.success() {
-        return Err(BuildError::Failed { attribute: job.attribute.clone(), said: ended.said });
+        // Nix's words for a build that it ended by `max-build-log-size`, in all versions.
+        let flood = format!("killed after writing more than {} bytes of log output", job.limits.log_bytes);
+        return Err(match ended.said.contains(&flood) {
+            true => BuildError::Flood { attribute: job.attribute.clone(), limit: job.limits.log_bytes },
+            false => BuildError::Failed { attribute: job.attribute.clone(), said: ended.said },
+        });
     }
     let store_path = fs::canonicalize(&root).map_err(BuildError::at(&root))?;
     let closure = closure(run, job, &store_path)?;
@@ -89,27 +118,31 @@ fn build(run: &Run<'_>, job: &Job, work: &Path, into: &Path) -> Result<Provenanc
 
 /// Finds the attribute's derivation.
 fn evaluate(run: &Run<'_>, job: &Job) -> Result<String, BuildError> {
-    let Job { flake_ref, attribute, .. } = job;
+    let Job { flake_ref, shown, attribute, .. } = job;
     let (set, name) = attribute.rsplit_once('.').unwrap_or(("packages", attribute));
     // They are made of names that were checked; a quote would end the string below.
     let plain = attribute.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
     if !plain {
         return Err(BuildError::Builder { what: format!("build {attribute:?}"), why: "it is no attribute".into() });
     }
-    let apply = format!("p: {{ names = builtins.attrNames p; drv = if p ? \"{name}\" then p.\"{name}\".drvPath else null; }}");
     let installable = format!("{flake_ref}#{set}");
+    let apply = attributes(name);
     let ended = run.nix("nix", &["eval", "--json", "--no-write-lock-file", &installable, "--apply", &apply].map(OsStr::new))?;
-    let missing = |known| BuildError::NoAttribute { flake_ref: flake_ref.clone(), attribute: attribute.clone(), known };
+    let missing = |known| BuildError::NoAttribute { flake_ref: shown.clone(), attribute: attribute.clone(), known };
     if !ended.status.success() {
         // Nix's words for a flake without packages, in all versions.
         if ended.said.contains("does not provide attribute") {
             return Err(missing(Vec::new()));
         }
-        return Err(BuildError::Evaluation { flake_ref: flake_ref.clone(), said: ended.said });
+        return Err(BuildError::Evaluation { flake_ref: shown.clone(), said: ended.said });
     }
     let packages: Packages = serde_json::from_slice(&ended.answer)
-        .map_err(|error| BuildError::Builder { what: format!("read what nix says of {installable}"), why: error.to_string() })?;
-    packages.drv.ok_or_else(|| missing(packages.names))
+        .map_err(|error| BuildError::Builder { what: format!("read what nix says of {shown}"), why: error.to_string() })?;
+    match packages.drv {
+        Some(drv) => Ok(drv),
+        None if packages.there => Err(BuildError::NoDerivation { flake_ref: shown.clone(), attribute: attribute.clone() }),
+        None => Err(missing(packages.names)),
+    }
 }
 
 /// Everything that a result refers to.
@@ -212,23 +245,77 @@ pub struct Locked {
     pub dir: Option<PathBuf>,
 }
 
-/// Asks nix where a flake's sources are, and copies them into its store.
+/// Asks nix where a flake's sources are, and copies them into its store, with all of its inputs: the flake is evaluated for that.
 pub fn metadata(flake_ref: &str, attribute: &str, limits: &Limits, work: &Path, watch: &dyn BuildWatch) -> Result<Metadata, BuildError> {
-    let tmp = temporary(work)?;
-    let run = Run::new(attribute, limits, &tmp, watch);
-    let ended = run.nix("nix", &["flake", "metadata", "--json", "--no-write-lock-file", flake_ref].map(OsStr::new));
-    remove(&tmp);
-    let ended = ended?;
+    let ended = in_scratch(work, |tmp| {
+        let run = Run::new(attribute, limits, tmp, watch);
+        run.nix("nix", &["flake", "metadata", "--json", "--no-write-lock-file", flake_ref].map(OsStr::new))
+    })?;
     if !ended.status.success() {
-        return Err(BuildError::Unreachable { flake_ref: flake_ref.to_owned(), why: ended.said });
+        return Err(BuildError::Unreachable { flake_ref: flake_ref.to_owned(), why: without_body(&ended.said) });
     }
     serde_json::from_slice(&ended.answer)
         .map_err(|error| BuildError::Builder { what: format!("read what nix says of {flake_ref}"), why: error.to_string() })
 }
 
+/// What `nix flake prefetch` tells of sources.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Prefetched {
+    /// The hash of their NAR, e.g. `sha256-…`.
+    pub hash: String,
+    /// Where they are in the store that they were fetched into; below its root, where it has one.
+    pub store_path: PathBuf,
+}
+
+/// Fetches what a reference names and nothing else, into a store of the build's own, which lies in its work directory and goes with it.
+///
+/// The flake is not evaluated, its inputs are not looked at, and nothing of it comes into the store of this host.
+pub fn prefetch(flake_ref: &str, attribute: &str, limits: &Limits, work: &Path, watch: &dyn BuildWatch) -> Result<Prefetched, BuildError> {
+    let registry = work.join("registry.json");
+    fs::write(&registry, r#"{"version":2,"flakes":[]}"#).map_err(BuildError::at(&registry))?;
+    let (store, cache) = (work.join("store"), work.join("cache"));
+    let ended = in_scratch(work, |tmp| {
+        let run = Run::new(attribute, limits, tmp, watch).filling(work);
+        let mut args = ["flake", "prefetch", "--json", "--store"].map(OsStr::new).to_vec();
+        args.push(store.as_os_str());
+        // Nothing is built, so that it needs no users for builds.
+        args.extend(["--option", "build-users-group", ""].map(OsStr::new));
+        // Only a name is looked up among those that the world has agreed on; nix asks for all of them.
+        if !flake_ref.starts_with("flake:") {
+            args.extend(["--option", "flake-registry"].map(OsStr::new));
+            args.push(registry.as_os_str());
+        }
+        args.push(OsStr::new(flake_ref));
+        run.nix_with("nix", &args, &[("XDG_CACHE_HOME", cache.as_os_str())])
+    })?;
+    if !ended.status.success() {
+        return Err(BuildError::Unreachable { flake_ref: flake_ref.to_owned(), why: without_body(&ended.said) });
+    }
+    let told = |why: String| BuildError::Builder { what: format!("read what nix says of {flake_ref}"), why };
+    let mut fetched: Prefetched = serde_json::from_slice(&ended.answer).map_err(|error| told(error.to_string()))?;
+    let below =
+        fetched.store_path.strip_prefix("/nix/store").map_err(|_| told(format!("{} is not in its store", fetched.store_path.display())))?;
+    fetched.store_path = super::tree::directory_in(&store.join("nix/store"), below).map_err(told)?;
+    Ok(fetched)
+}
+
+/// What nix says of a download that failed, without what the server answered: that may be a service of this host's network, and the
+/// error is for the tenant too.
+fn without_body(said: &str) -> String {
+    said.split("response body:").next().unwrap_or_default().trim_end_matches([' ', ';']).to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_server_answered_is_not_told() {
+        let said = "error: unable to download 'http://169.254.169.254/': HTTP error 500; response body:; the secret";
+        assert_eq!(without_body(said), "error: unable to download 'http://169.254.169.254/': HTTP error 500");
+        assert_eq!(without_body("error: no"), "error: no");
+    }
 
     #[test]
     fn both_forms_of_a_closure_are_read() {
@@ -254,6 +341,7 @@ mod tests {
         fs::create_dir_all(&into).unwrap();
         let job = |disk_mib| Job {
             flake_ref: "path:/f".into(),
+            shown: "path:/f".into(),
             tree: "/f".into(),
             attribute: "packages.x.y".into(),
             limits: Limits { disk_mib, ..Limits::default() },

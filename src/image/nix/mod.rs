@@ -11,6 +11,7 @@
 mod contents;
 mod error;
 pub mod fingerprint;
+mod git;
 mod git_index;
 mod host;
 mod log;
@@ -18,6 +19,7 @@ mod process;
 mod reference;
 mod source;
 mod stored;
+mod tree;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -26,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub use contents::{RootFormat, VmmConfig};
 pub use error::BuildError;
-pub use host::{HostBuilder, parse_closure, sweep};
+pub use host::{HostBuilder, Packages, attributes, parse_closure, sweep};
 pub use log::{Lines, Record, printable};
 pub use process::find_nix;
 pub use reference::{Reference, check as check_reference};
@@ -39,8 +41,10 @@ pub const LOG: &str = "build.log";
 /// What to build.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Job {
-    /// The flake reference, as locked where it could be.
+    /// The flake reference for nix: as locked where it could be, or a copy of its sources.
     pub flake_ref: String,
+    /// What people call the flake: as it was declared. Errors and the log say nothing else.
+    pub shown: String,
     /// The flake's sources: a directory of this host with its `flake.nix`, which nobody changes while it is built.
     pub tree: PathBuf,
     /// The attribute, e.g. `packages.x86_64-linux.tenant-worker-minimal`.
@@ -109,7 +113,7 @@ pub trait BuildWatch: Sync {
 }
 
 /// Where flakes are built.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BuilderKind {
     /// On this host, with its own nix.

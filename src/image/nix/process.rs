@@ -9,9 +9,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -25,6 +26,8 @@ use super::{BuildError, BuildWatch, Limits};
 
 /// How often limits are looked at.
 const TICK: Duration = Duration::from_millis(50);
+/// How often a directory is measured that programs fill.
+const MEASURE: Duration = Duration::from_millis(500);
 /// What a program may write on its standard output, in bytes.
 const ANSWER: usize = 16 << 20;
 
@@ -38,7 +41,39 @@ pub struct Run<'a> {
     said: Cell<u64>,
     /// Temporary files of nix.
     tmp: &'a Path,
+    /// What lines call something, and what it is called for people.
+    names: Vec<(String, String)>,
+    /// A directory that programs fill, and when it was measured last.
+    filled: Option<(&'a Path, Cell<Instant>)>,
 }
+
+/// Whom a program runs as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    /// The user.
+    pub uid: u32,
+    /// The only group.
+    pub gid: u32,
+}
+
+/// A program that reads what somebody else wrote: it reaches no network, and has of this host what its user has.
+pub struct Reader<'p> {
+    /// Its name.
+    pub program: &'static str,
+    /// The package that has it.
+    pub package: &'static str,
+    /// Its arguments.
+    pub args: &'p [&'p OsStr],
+    /// All of its environment but where programs are.
+    pub env: &'p [(&'static str, &'p OsStr)],
+    /// What it reads on its standard input.
+    pub input: Option<File>,
+    /// Whom it runs as, if not as mvm.
+    pub user: Option<User>,
+}
+
+/// Takes what a program writes on its standard output.
+type Sink<'s> = dyn FnMut(&[u8]) -> Result<(), BuildError> + 's;
 
 /// What a program that ended by itself left.
 pub struct Ended {
@@ -62,7 +97,24 @@ impl<'a> Run<'a> {
     /// Begins a build.
     pub fn new(attribute: &str, limits: &'a Limits, tmp: &'a Path, watch: &'a dyn BuildWatch) -> Self {
         let attribute = attribute.to_owned();
-        Self { attribute, limits, begun: Instant::now(), watch, log: RefCell::default(), said: Cell::new(0), tmp }
+        let log = RefCell::default();
+        Self { attribute, limits, begun: Instant::now(), watch, log, said: Cell::new(0), tmp, names: Vec::new(), filled: None }
+    }
+
+    /// Has lines call something by the name that people know.
+    pub fn naming(mut self, own: &str, shown: &str) -> Self {
+        self.names.push((own.to_owned(), shown.to_owned()));
+        self
+    }
+
+    /// Has programs end when a directory holds more than a build's disk may.
+    pub fn filling(mut self, dir: &'a Path) -> Self {
+        self.filled = Some((dir, Cell::new(Instant::now())));
+        self
+    }
+
+    fn named(&self, line: String) -> String {
+        self.names.iter().fold(line, |line, (own, shown)| line.replace(own, shown))
     }
 
     /// Runs one of nix's programs to its end.
@@ -70,14 +122,47 @@ impl<'a> Run<'a> {
     /// # Errors
     /// When it was ended because it took too much, or somebody wanted it to end.
     pub fn nix(&self, program: &'static str, args: &[&OsStr]) -> Result<Ended, BuildError> {
+        self.nix_with(program, args, &[])
+    }
+
+    /// The same with something in its environment.
+    pub fn nix_with(&self, program: &'static str, args: &[&OsStr], env: &[(&str, &OsStr)]) -> Result<Ended, BuildError> {
         let nix = find(program, "nix-bin")?;
-        let (setpriv, unshare) = (find("setpriv", "util-linux")?, find("unshare", "util-linux")?);
-        let mut command = Command::new(setpriv);
-        command.args(["--pdeathsig", "KILL"]).arg(unshare).args(["--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--"]);
-        command.arg(nix).args(["--extra-experimental-features", "nix-command flakes"]).args(args);
+        let mut command = contained(&[])?;
+        command.arg(nix).args(["--extra-experimental-features", "nix-command flakes"]);
+        // A line without an end is held in nix's memory until then.
+        command.args(["--option", "max-build-log-size", &self.limits.log_bytes.to_string()]).args(args);
         // With a daemon the builders would be the daemon's children, out of reach.
-        command.env_remove("NIX_REMOTE").env("TMPDIR", self.tmp).env("LC_ALL", "C.UTF-8").env("NO_COLOR", "1");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.env_remove("NIX_REMOTE").env("TMPDIR", self.tmp).env("LC_ALL", "C.UTF-8").env("NO_COLOR", "1").envs(env.iter().copied());
+        let mut answer = Vec::new();
+        let (status, said) = self.run(command, None, &mut |bytes| {
+            answer.extend_from_slice(bytes);
+            if answer.len() > ANSWER {
+                return Err(BuildError::Flood { attribute: self.attribute.clone(), limit: ANSWER as u64 });
+            }
+            Ok(())
+        })?;
+        Ok(Ended { status, answer, said })
+    }
+
+    /// Runs a program that reads something to its end, and hands on what it writes; returns how it ended and what it said last.
+    ///
+    /// # Errors
+    /// Those of the one who takes it, and as for nix.
+    pub fn reader(&self, reader: Reader<'_>, sink: &mut Sink<'_>) -> Result<(ExitStatus, String), BuildError> {
+        let program = find(reader.program, reader.package)?;
+        let mut command = contained(&["--net"])?;
+        if let Some(User { uid, gid }) = reader.user {
+            command.arg(find("setpriv", "util-linux")?).args(["--reuid", &uid.to_string(), "--regid", &gid.to_string()]);
+            command.args(["--clear-groups", "--inh-caps=-all", "--no-new-privs"]);
+        }
+        command.arg(program).args(reader.args).env_clear().envs(reader.env.iter().copied());
+        command.env("LC_ALL", "C.UTF-8").env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        self.run(command, reader.input, sink)
+    }
+
+    fn run(&self, mut command: Command, input: Option<File>, sink: &mut Sink<'_>) -> Result<(ExitStatus, String), BuildError> {
+        command.stdin(input.map_or_else(Stdio::null, Stdio::from)).stdout(Stdio::piped()).stderr(Stdio::piped());
         // A terminal's interrupt is for mvm, which ends the build.
         command.process_group(0);
         let child = command.spawn().map_err(|source| BuildError::NoProgram { program: "setpriv", package: "util-linux", source })?;
@@ -88,7 +173,7 @@ impl<'a> Run<'a> {
             let lines = send.clone();
             scope.spawn(move || hear_lines(stderr.expect("it is piped"), &lines));
             scope.spawn(move || hear_answer(stdout.expect("it is piped"), &send));
-            let outcome = self.follow(&mut running, &heard);
+            let outcome = self.follow(&mut running, &heard, sink);
             running.end();
             // What waits to be heard is over: the threads end with their streams.
             drop(heard);
@@ -96,13 +181,11 @@ impl<'a> Run<'a> {
         });
         // The words of one program are not taken for those of the next.
         let said = self.log.take().last(2000);
-        let (status, answer) = outcome?;
-        Ok(Ended { status, answer, said })
+        Ok((outcome?, said))
     }
 
-    fn follow(&self, running: &mut Running, heard: &Receiver<Heard>) -> Result<(ExitStatus, Vec<u8>), BuildError> {
+    fn follow(&self, running: &mut Running, heard: &Receiver<Heard>, sink: &mut Sink<'_>) -> Result<ExitStatus, BuildError> {
         let attribute = || self.attribute.clone();
-        let mut answer = Vec::new();
         let mut last_word = Instant::now();
         let mut looked = Instant::now();
         loop {
@@ -113,17 +196,11 @@ impl<'a> Run<'a> {
                     if self.said.get() > self.limits.log_bytes {
                         return Err(BuildError::Flood { attribute: attribute(), limit: self.limits.log_bytes });
                     }
-                    if !line.is_empty() {
-                        self.watch.line(&line);
-                        self.log.borrow_mut().push(&line);
-                    }
+                    self.take_line(line);
                 }
                 Ok(Heard::Answer(bytes)) => {
                     last_word = Instant::now();
-                    answer.extend(bytes);
-                    if answer.len() > ANSWER {
-                        return Err(BuildError::Flood { attribute: attribute(), limit: ANSWER as u64 });
-                    }
+                    sink(&bytes)?;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 // Both streams are over; so is everything that could write to them.
@@ -149,22 +226,34 @@ impl<'a> Run<'a> {
                 // What it wrote before its end is still on its way.
                 while let Ok(heard) = heard.recv_timeout(Duration::from_secs(2)) {
                     match heard {
-                        Heard::Line(line, _) if !line.is_empty() => {
-                            self.watch.line(&line);
-                            self.log.borrow_mut().push(&line);
-                        }
-                        Heard::Line(..) => {}
-                        Heard::Answer(bytes) if answer.len() <= ANSWER => answer.extend(bytes),
-                        Heard::Answer(_) => return Err(BuildError::Flood { attribute: attribute(), limit: ANSWER as u64 }),
+                        Heard::Line(line, _) => self.take_line(line),
+                        Heard::Answer(bytes) => sink(&bytes)?,
                     }
                 }
-                return Ok((status, answer));
+                return Ok(status);
             }
         }
     }
 
+    fn take_line(&self, line: String) {
+        if line.is_empty() {
+            return;
+        }
+        let line = self.named(line);
+        self.watch.line(&line);
+        self.log.borrow_mut().push(&line);
+    }
+
     /// Looks at what the processes of the build use.
     fn look(&self, running: &mut Running) -> Result<(), BuildError> {
+        if let Some((dir, measured)) = &self.filled
+            && measured.get().elapsed() >= MEASURE
+        {
+            if taken(dir) > self.limits.disk_mib << 20 {
+                return Err(BuildError::Disk { attribute: self.attribute.clone(), limit_mib: self.limits.disk_mib });
+            }
+            measured.set(Instant::now());
+        }
         let Some(proc) = running.proc() else { return Ok(()) };
         let most = u64::from(self.limits.processes);
         let mut count: u64 = 0;
@@ -189,6 +278,26 @@ impl<'a> Run<'a> {
         }
         Ok(())
     }
+}
+
+/// The beginning of a command that is in a PID namespace of its own and in others that are asked for, and does not outlive mvm.
+fn contained(namespaces: &[&str]) -> Result<Command, BuildError> {
+    let (setpriv, unshare) = (find("setpriv", "util-linux")?, find("unshare", "util-linux")?);
+    let mut command = Command::new(setpriv);
+    command.args(["--pdeathsig", "KILL"]).arg(unshare).args(["--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
+    command.args(namespaces).arg("--");
+    Ok(command)
+}
+
+/// What the files below a directory take on the disk, in bytes; what goes away meanwhile counts no more.
+fn taken(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let size = |entry: fs::DirEntry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => taken(&entry.path()),
+        Ok(meta) => meta.blocks() * 512,
+        Err(_) => 0,
+    };
+    entries.map(size).sum()
 }
 
 /// Finds a program in `PATH`, and where Debian keeps those of root.

@@ -124,6 +124,29 @@ impl Reference {
         }
     }
 
+    /// Where in its sources the flake lies, if not at their top.
+    pub fn dir(&self) -> Option<PathBuf> {
+        match self {
+            Reference::Path { .. } => None,
+            Reference::Git { dir, .. } => dir.clone(),
+            Reference::Other(text) => {
+                let (_, query) = split(text);
+                let (_, value) = query.into_iter().find(|(key, _)| *key == "dir")?;
+                Some(decoded(value).map_or_else(|_| PathBuf::from(value), PathBuf::from))
+            }
+        }
+    }
+
+    /// The reference as nix reads it, of sources with this hash and no others.
+    pub fn with_hash(&self, hash: &str) -> String {
+        let text = self.to_nix();
+        let (path, query) = split(&text);
+        let mut pairs: Vec<String> =
+            query.iter().filter(|(key, _)| *key != "narHash").map(|(key, value)| format!("{key}={value}")).collect();
+        pairs.push(format!("narHash={}", encoded(Path::new(hash))));
+        format!("{path}?{}", pairs.join("&"))
+    }
+
     /// The reference as nix reads it, without anything left to guess.
     pub fn to_nix(&self) -> String {
         match self {
@@ -205,6 +228,15 @@ mod tests {
         assert_eq!(parse("github:acme/flake").unwrap(), Reference::Other("github:acme/flake".into()));
         assert_eq!(parse("/srv//f/").unwrap().to_nix(), "path:/srv/f");
         assert_eq!(Reference::Path { dir: "/srv/a b#?".into() }.to_nix(), "path:/srv/a%20b%23%3F");
+    }
+
+    #[test]
+    fn what_was_fetched_is_named_by_its_hash() {
+        let other = Reference::Other("https://example.org/f.tar.gz?dir=a%20b&narHash=old".into());
+        assert_eq!(other.dir(), Some("a b".into()));
+        assert_eq!(other.with_hash("sha256-a+b="), "https://example.org/f.tar.gz?dir=a%20b&narHash=sha256-a%2Bb%3D");
+        let plain = Reference::Other("github:acme/flake".into());
+        assert_eq!((plain.dir(), plain.with_hash("sha256-a").as_str()), (None, "github:acme/flake?narHash=sha256-a"));
     }
 
     #[test]

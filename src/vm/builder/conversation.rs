@@ -2,12 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
-
 use super::watchman::{Answer, LogStream, Watchman};
 use crate::guest::{ExecEnd, ExecRequest, GuestClient, GuestError};
 use crate::image::builder::SCRIPT_PATH;
-use crate::image::nix::{BuildError, FILES, Provenance, parse_closure};
+use crate::image::nix::{BuildError, FILES, Packages, Provenance, attributes, parse_closure};
 
 /// Where the guest has the flake's sources.
 pub(super) const TREE: &str = "/run/job/tree";
@@ -58,14 +56,6 @@ struct Ended {
     answer: Vec<u8>,
 }
 
-/// What an evaluation tells of a flake's packages.
-#[derive(Deserialize)]
-struct Packages {
-    names: Vec<String>,
-    drv: Option<String>,
-    out: Option<String>,
-}
-
 impl<'a> Conversation<'a> {
     /// Opens it with a guest that is ready.
     pub fn open(run_dir: &std::path::Path, watchman: &'a Watchman<'a>, offline: bool) -> Result<Self, Trouble> {
@@ -108,21 +98,23 @@ impl<'a> Conversation<'a> {
     fn evaluate(&mut self) -> Result<(String, String), Trouble> {
         let job = self.watchman.job;
         let (set, name) = job.attribute.rsplit_once('.').unwrap_or(("packages", &job.attribute));
-        let apply = format!(
-            "p: {{ names = builtins.attrNames p; drv = if p ? \"{name}\" then p.\"{name}\".drvPath else null; \
-             out = if p ? \"{name}\" then p.\"{name}\".outPath else null; }}"
-        );
+        let apply = attributes(name);
         let installable = format!("path:{TREE}#{set}");
         let ask = ["nix", "eval", "--json", "--no-write-lock-file", &installable, "--apply", &apply];
         let ended = self.run(&[&ask[..], if self.offline { &["--offline"] } else { &[] }].concat())?;
-        let missing = |known| BuildError::NoAttribute { flake_ref: job.flake_ref.clone(), attribute: job.attribute.clone(), known };
+        let missing = |known| BuildError::NoAttribute { flake_ref: job.shown.clone(), attribute: job.attribute.clone(), known };
         if ended.code != 0 {
             let said = self.watchman.said();
             // Nix's words for a flake without packages, in all versions.
             if said.contains("does not provide attribute") {
                 return Err(missing(Vec::new()).into());
             }
-            return Err(BuildError::Evaluation { flake_ref: job.flake_ref.clone(), said }.into());
+            let flake_ref = job.shown.clone();
+            return Err(match self.offline && FETCHES.iter().any(|words| said.contains(words)) {
+                true => BuildError::NoEgress { flake_ref, said },
+                false => BuildError::Evaluation { flake_ref, said },
+            }
+            .into());
         }
         let packages: Packages = serde_json::from_slice(&ended.answer)
             .map_err(|error| BuildError::Builder { what: "read what nix says of the flake".into(), why: error.to_string() })?;
@@ -131,6 +123,9 @@ impl<'a> Conversation<'a> {
             (Some(drv), _) => {
                 let why = format!("{:?} is no path of its store", crate::image::nix::printable(&drv));
                 Err(BuildError::Builder { what: "read what nix says of the flake".into(), why }.into())
+            }
+            (None, _) if packages.there => {
+                Err(BuildError::NoDerivation { flake_ref: job.shown.clone(), attribute: job.attribute.clone() }.into())
             }
             (None, _) => Err(missing(words(packages.names)).into()),
         }
@@ -173,6 +168,8 @@ impl<'a> Conversation<'a> {
 /// How the C library calls it (strerror of ENOSPC).
 const NO_SPACE: &str = "No space left on device";
 
+/// Nix's words, in all versions, for inputs that it fetches or looks up.
+const FETCHES: [&str; 4] = ["while updating the flake input", "while fetching the input", "unable to download", "in the flake registries"];
 /// Options for a builder without a network.
 const NO_SUBSTITUTES: [&str; 3] = ["--option", "substituters", ""];
 

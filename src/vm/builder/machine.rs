@@ -1,6 +1,6 @@
 //! The microVM of one build: its drives, its place, its end.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use super::conversation::{Conversation, Trouble};
 use super::watchman::Watchman;
-use super::{TICK, result};
+use super::{TICK, job, result};
 use crate::host::{DriveFile, DriveLabel, HostError};
 use crate::image::nix::{BuildError, Job, Lines, Provenance};
 use crate::net::BuilderNetwork;
@@ -69,14 +69,16 @@ pub(super) fn drives(node: &Node, job: &Job, place: &Path) -> Result<Drives, Bui
     let instance = InstanceId::from_bits(u32::from_be_bytes(bits));
     let (dir, staged) = (all.join(instance.as_str()), all.join("job"));
     // In a directory of its own, since a file system's root has things of its own in it, and a flake is all that is in a directory.
-    let tree = staged.join("tree");
+    let tree = staged.join(job::TREE);
     for path in [&dir, &tree] {
         make.create(path).map_err(BuildError::at(path))?;
     }
+    let document = staged.join(job::DOCUMENT);
+    fs::write(&document, job::describe(job)).map_err(BuildError::at(&document))?;
     scratch::show(&job.tree, &tree).map_err(|error| cannot("reach the flake's sources")(&error))?;
     let disk = job.limits.disk_mib << 20;
     let job_drive = drive::nameless(place, 0).map_err(|error| cannot("make its job drive")(&error))?;
-    crate::image::make_drive(&staged, "mvm-job", &drive::path_of(&job_drive), disk)
+    crate::image::make_drive(&staged, job::LABEL, &drive::path_of(&job_drive), disk)
         .map_err(|error| cannot("make its job drive")(&error))?;
     Ok(Drives {
         dir,
@@ -104,7 +106,7 @@ pub(super) fn spec(
     let open = |source| HostError::Io { what: format!("cannot open {}", root.display()), source };
     let root = OwnedFd::from(File::open(root).map_err(open)?);
     let nic = match network {
-        Some(network) => Some(Nic { tap: node.host().create_builder_tap(network, uid)?, mac: network.mac().0 }),
+        Some(network) => Some(Nic { tap: node.host().create_builder_tap(network, uid)?, tap_name: network.tap(), mac: network.mac().0 }),
         None => None,
     };
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_VCPUS));
@@ -129,6 +131,7 @@ pub(super) fn spec(
         console_log: dir.join("console.log"),
         vmm_log: dir.join("vmm.log"),
         run_dir: dir,
+        scratch: None,
         lifetime: Lifetime::WithCaller,
     })
 }

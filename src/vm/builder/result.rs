@@ -18,7 +18,10 @@ pub(super) fn drive_size(job: &Job) -> u64 {
 }
 
 /// Writes the files of an image into a directory.
-pub(super) fn take(drive: OwnedFd, into: &Path, job: &Job) -> Result<(), BuildError> {
+///
+/// # Errors
+/// When the drive holds anything but one archive of them, or the host cannot write.
+pub fn take(drive: OwnedFd, into: &Path, job: &Job) -> Result<(), BuildError> {
     let reader = BufReader::with_capacity(1 << 20, File::from(drive));
     archive::unpack_files(reader, &FILES, job.limits.disk_mib << 20, into).map(drop).map_err(|error| match error.kind() {
         ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof | ErrorKind::AlreadyExists | ErrorKind::Other => {

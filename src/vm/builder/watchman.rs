@@ -93,7 +93,7 @@ impl<'a> Watchman<'a> {
 
     /// Calls the sources what whoever asked for the build calls them.
     fn named(&self, line: &str) -> String {
-        line.replace(&format!("path:{}", super::conversation::TREE), &self.job.flake_ref)
+        line.replace(&format!("path:{}", super::conversation::TREE), &self.job.shown)
     }
 
     /// Counts what was said, in bytes.
@@ -191,7 +191,13 @@ mod tests {
     }
 
     fn job(limits: Limits) -> Job {
-        Job { flake_ref: "git+file:///f".into(), tree: "/t".into(), attribute: "packages.x.y".into(), limits }
+        Job {
+            flake_ref: "path:/work/tree".into(),
+            shown: "git+file:///f".into(),
+            tree: "/work/tree".into(),
+            attribute: "packages.x.y".into(),
+            limits,
+        }
     }
 
     #[test]

@@ -42,6 +42,9 @@ pub struct InstanceDoc {
     pub secrets_epoch: u64,
     /// When it was made.
     pub created: Moment,
+    /// Whether it is beside the wanted ones, so that enough run while those are replaced; it is destroyed when they are.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stands_in: bool,
     /// Its state.
     pub state: InstanceState,
     /// The change of state under way, where there is one.

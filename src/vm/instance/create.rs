@@ -20,6 +20,11 @@ const WRITERS: usize = 16;
 impl Node {
     /// Writes down new instances of a pool, all or none of them taking room, and returns their addresses.
     pub fn instances_create(&self, pool: &PoolAddress, count: u32) -> Result<Vec<InstanceAddress>, LifecycleError> {
+        self.instances_create_with(pool, count, 0)
+    }
+
+    /// Writes down new instances of which the last ones stand in while others are replaced.
+    pub fn instances_create_with(&self, pool: &PoolAddress, count: u32, standing_in: u32) -> Result<Vec<InstanceAddress>, LifecycleError> {
         let begun = Instant::now();
         // Places in the subnet are the tenant's: one at a time gives them out.
         let _tenant = self.lock(&keys::tenant_dir(&pool.tenant))?;
@@ -44,7 +49,7 @@ impl Node {
         let mut docs = Vec::new();
         let mut free = (0..=u16::MAX).filter(|offset| !taken.contains(offset)).collect::<Vec<_>>().into_iter();
         let created = self.clock().now();
-        for _ in 0..count {
+        for ordinal in 0..count {
             let offset = InstanceOffset(free.next().unwrap_or(u16::MAX));
             let address = network
                 .subnet
@@ -64,6 +69,7 @@ impl Node {
                 config_version: doc.config_version,
                 secrets_epoch: tenant.secrets_epoch,
                 created: created.clone(),
+                stands_in: ordinal >= count.saturating_sub(standing_in),
                 state: if doc.revision.is_some() { InstanceState::Ready } else { InstanceState::Created },
                 transition: None,
                 passing_to: None,

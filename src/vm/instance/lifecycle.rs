@@ -381,10 +381,12 @@ impl Locked<'_> {
             Ok(ready) => Ok((vm, ready.boot_id)),
             Err(error) => {
                 let died = self.node.vmm().liveness(&vm) == Liveness::Gone;
+                let said = self.node.vmm().why_gone(&vm, &self.node.paths.vmm_log(&self.at)).filter(|_| died);
                 self.node.vmm().kill(&vm)?;
                 if died {
+                    let said = said.map_or_else(|| error.to_string(), |said| format!("{error}; {said}"));
                     let why = format!(
-                        "the virtual machine ended before its guest was ready ({error}); `mvm logs {} --source console` has its last words",
+                        "the virtual machine ended before its guest was ready ({said}); `mvm logs {} --source console` has its last words",
                         self.at
                     );
                     return Err(LifecycleError::Unready { what: format!("start {}", self.at), why });
@@ -545,7 +547,7 @@ impl Locked<'_> {
         let image = self.node.images().open(&revision)?;
         // After a reboot of the host nothing is known of its abilities.
         vmm.prepare(&image.kernel)?;
-        manifest.check_conditions(&self.node.id, &self.doc, &vmm.stamp()?)?;
+        manifest.check_conditions(&self.node.id, &self.doc, &vmm.stamp_for(&manifest.stamp)?)?;
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
         let dir = self.node.paths.snapshot(&self.at);
@@ -553,7 +555,7 @@ impl Locked<'_> {
         let restored = std::thread::scope(|scope| {
             let check = scope.spawn(|| manifest.check_files(&dir));
             self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
-            let vm = Machine { instance: self }.spec(&image).and_then(|spec| Ok(vmm.restore(spec, &dir)?));
+            let vm = Machine { instance: self }.spec(&image).and_then(|spec| Ok(vmm.restore(spec, &dir, &manifest.stamp)?));
             let checked = check.join().expect("checking hashes does not panic");
             Ok::<_, LifecycleError>(match (vm, checked) {
                 (Ok(vm), Ok(())) => Ok(vm),

@@ -55,8 +55,9 @@ impl Machine<'_, '_> {
             initrd: image.initrd.clone(),
             kernel_args: image.kernel_args.clone(),
             drives,
-            nic: Some(Nic { tap, mac: network.mac().0 }),
+            nic: Some(Nic { tap, tap_name: network.tap(), mac: network.mac().0 }),
             run_dir,
+            scratch: Some(node.paths.vmm_scratch(at)),
             console_log: node.paths.console_log(at),
             vmm_log: node.paths.vmm_log(at),
             lifetime: Lifetime::Detached,
@@ -117,10 +118,10 @@ impl Machine<'_, '_> {
         let subnet = tenant.network.ipv4_subnet;
         let address = network.address().map_err(|error| LifecycleError::Invalid { place: at.to_string(), why: error.to_string() })?;
         // A role without the drive has none of them.
-        let there = if traits.requires_secrets_drive { node.secret_names(tenant)? } else { BTreeSet::new() };
+        let there = if traits.requires_secrets_drive { Some(node.secret_names(tenant)?) } else { None };
         let mut not_enabled = Vec::new();
         let mut enabled = |what: &str, needs: &[SecretName]| {
-            let missing = missing_secrets(what, needs, &there);
+            let missing = missing_secrets(what, needs, there.as_ref());
             not_enabled.extend(missing.clone());
             missing.is_none()
         };
@@ -175,8 +176,15 @@ fn drive_file(name: &str, content: Vec<u8>) -> DriveFile {
     DriveFile { name: name.into(), content: Zeroizing::new(content), mode: 0o444 }
 }
 
-/// Says what is not enabled because of which missing secrets; `None` when all are there.
-pub fn missing_secrets(what: &str, needs: &[SecretName], there: &BTreeSet<SecretName>) -> Option<String> {
+/// Says what is not enabled because of which missing secrets; `None` when all are there. A role without the secrets drive has none.
+pub fn missing_secrets(what: &str, needs: &[SecretName], there: Option<&BTreeSet<SecretName>>) -> Option<String> {
+    let Some(there) = there else {
+        let needs: Vec<&str> = needs.iter().map(SecretName::as_str).collect();
+        return (!needs.is_empty()).then(|| {
+            let needs = needs.join(", ");
+            format!("{what} is not enabled: it needs the secret {needs}, and its role does not require the secrets drive")
+        });
+    };
     let missing: Vec<&str> = needs.iter().filter(|name| !there.contains(*name)).map(SecretName::as_str).collect();
     (!missing.is_empty()).then(|| format!("{what} is not enabled: the tenant has no secret {}", missing.join(", ")))
 }

@@ -34,7 +34,8 @@ impl Locked<'_> {
         let Some(transition) = self.doc.transition.clone() else {
             return match self.doc.state.vm() {
                 Some(vm) if self.node.vmm().liveness(vm) == Liveness::Gone => {
-                    self.end(StopReason::Died)?;
+                    let why = self.why_gone(vm);
+                    self.end(why)?;
                     Ok(Some("its virtual machine had died"))
                 }
                 _ => Ok(None),
@@ -85,6 +86,15 @@ impl Locked<'_> {
         }
     }
 
+    /// Why a machine is gone, as far as its VMM has said so.
+    pub(super) fn why_gone(&self, vm: &VmHandle) -> StopReason {
+        let why = self.node.vmm().why_gone(vm, &self.node.paths.vmm_log(&self.at));
+        why.map_or(StopReason::Died, |why| {
+            tracing::warn!(instance = %self.at, why, "its virtual machine died");
+            StopReason::DiedOf(why)
+        })
+    }
+
     fn guest_boot(&self) -> String {
         match &self.doc.state {
             InstanceState::Running { guest_boot, .. }
@@ -98,7 +108,7 @@ impl Locked<'_> {
     fn go_on(&mut self, vm: &VmHandle, silent: Silent) -> Result<(), LifecycleError> {
         let vmm = self.node.vmm();
         if vmm.liveness(vm) == Liveness::Gone {
-            return self.end(StopReason::Died);
+            return self.end(self.why_gone(vm));
         }
         // What the snapshot directory holds may be half brought up to date: it is no snapshot of anything.
         self.node.documents().raw().remove(&manifest_key(&self.at))?;

@@ -86,6 +86,8 @@ pub enum StopReason {
     Requested,
     /// Its VMM ended by itself or was killed by somebody else.
     Died,
+    /// As [`StopReason::Died`], with what its VMM said last.
+    DiedOf(String),
     /// Its snapshot could not be used; the reason.
     SnapshotLost(String),
 }

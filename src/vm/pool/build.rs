@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use mvm_types::RevisionId;
@@ -227,11 +228,14 @@ impl NodeImages {
             return Ok(self.retold(known, spec, before));
         }
         let work = Work::make(&builds)?;
+        let begun_fetching = Instant::now();
         let mut tries = 0;
         let source = loop {
             let dir = work.path.join(format!("source-{tries}"));
             fs::create_dir(&dir).map_err(BuildError::at(&dir))?;
-            let source = image::nix::fetch(&reference, "the flake's sources", builder.kind(), &dir, limits, *watch)?;
+            let left = Limits { time: limits.time.saturating_sub(begun_fetching.elapsed()), ..limits.clone() };
+            let source = image::nix::fetch(&reference, "the flake's sources", builder.kind(), &dir, &left, *watch)
+                .map_err(|error| error.of_whole_time(limits.time))?;
             // What was fetched is what the fingerprint is of, unless somebody changed it meanwhile.
             let after = self.look(&reference).map_err(unreachable)?;
             if after == before {
@@ -243,11 +247,13 @@ impl NodeImages {
                 return Err(unreachable("it changes all the time while it is read".into()).into());
             }
         };
+        let fetched = begun_fetching.elapsed();
         let (name, traits) = match NixManifest::load(&source.tree)? {
             Some(manifest) => {
-                let traits = manifest.role_requirements(spec.role)?.clone();
+                let traits = Arc::new(manifest.role_requirements(spec.role)?.clone());
                 (manifest.resolve(spec.role, &spec.profile)?.attribute, Some(traits))
             }
+            None if !spec.role.is_built_in() => return Err(ManifestError::Missing { role: spec.role }.into()),
             None => (format!("tenant-{}", spec.profile), None),
         };
         let attribute = format!("packages.{SYSTEM}.{name}");
@@ -263,12 +269,19 @@ impl NodeImages {
         }
         let into = work.path.join("out");
         fs::create_dir(&into).map_err(BuildError::at(&into))?;
-        let job =
-            Job { flake_ref: source.flake_ref.clone(), tree: source.tree.clone(), attribute: attribute.clone(), limits: limits.clone() };
+        let job = Job {
+            flake_ref: source.flake_ref.clone(),
+            shown: declared.clone(),
+            tree: source.tree.clone(),
+            attribute: attribute.clone(),
+            // One time for both; others' turns are not this build's.
+            limits: Limits { time: limits.time.saturating_sub(fetched), ..limits.clone() },
+        };
         watch.line(&format!("building {name} of {}", source.locked));
         let recorder = Recorder { watch: *watch, record: std::sync::Mutex::default() };
         let built = builder
             .build(&job, &into, &recorder)
+            .map_err(|error| error.of_whole_time(limits.time))
             .and_then(|provenance| Ok((provenance, FlakeImage::adopt(&into, &self.images, &attribute)?)));
         if let Some(log) = &request.log {
             recorder.save(log, built.as_ref().err());
@@ -651,7 +664,7 @@ impl ImageSource for SimulatedImages {
             took_ms: 0,
             builder: None,
             fingerprint: None,
-            traits: role_traits(spec)?,
+            traits: role_traits(spec)?.map(Arc::new),
         })
     }
 
@@ -715,6 +728,8 @@ mod tests {
 
         fn build(&self, job: &Job, into: &Path, watch: &dyn BuildWatch) -> Result<Provenance, BuildError> {
             self.asked.lock().unwrap().push(job.attribute.clone());
+            assert!(job.limits.time < Limits::default().time, "what fetching took is taken off");
+            assert!(job.flake_ref.contains("/.builds/work-") && !job.shown.contains(".builds"), "{job:?}");
             watch.line("at work");
             let mut kernel = vec![0; 4096];
             kernel[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -817,6 +832,25 @@ mod tests {
         let refused = crate::vm::error::with_causes(&bench.build("gateway").unwrap_err());
         assert!(refused.ends_with("role \"gateway\" is not in mvm-profiles.toml; it has: worker"), "{refused}");
         assert_eq!(bench.asked().len(), 1);
+    }
+
+    #[test]
+    fn a_role_that_left_its_manifest_is_refused_as_where_a_pool_is_made() {
+        let bench = Bench::new();
+        bench.write("nix/any.nix", "{ }");
+        let manifest =
+            "[meta]\nversion = 1\n[profiles.minimal]\nmodule = \"nix/any.nix\"\n[roles.cache]\nmodule = \"nix/any.nix\"\npriority = 0\n";
+        bench.write("mvm-profiles.toml", manifest);
+        let built = bench.build("cache").unwrap();
+        assert_eq!(built.traits.unwrap().priority, 0);
+        fs::remove_file(bench.dir.path().join("flake/mvm-profiles.toml")).unwrap();
+        let error = bench.build("cache").unwrap_err();
+        let refused = crate::vm::error::with_causes(&error);
+        assert!(refused.contains(&mvm_types::RoleError::unknown("cache".parse().unwrap()).to_string()), "{refused}");
+        assert!(refused.ends_with(", and the flake has no manifest that defines it") && !error.retry_can_help(), "{refused}");
+        // A worker is one without a manifest too.
+        assert_eq!(bench.build("worker").unwrap().traits, None);
+        assert_eq!(bench.asked().len(), 2);
     }
 
     #[test]

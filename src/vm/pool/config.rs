@@ -2,13 +2,14 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use mvm_types::{PoolAddress, PoolId, ProfileName, RevisionId, Role, SecretName, TenantId};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::revision::LastBuild;
-use super::role::{Port, Protocol, RoleTraits};
+use super::role::{self, Port, Protocol, RoleTraits};
 use crate::infra::clock::Moment;
 use crate::infra::failure::Failure;
 use crate::store::Document;
@@ -265,8 +266,8 @@ pub struct PoolDoc {
     /// When it was made.
     pub created: Moment,
     /// What its role means by the manifest of its flake; none where it is one of mvm's own without a manifest.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub traits: Option<RoleTraits>,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "role::shared")]
+    pub traits: Option<Arc<RoleTraits>>,
     /// What last went wrong with its image, until it goes right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
@@ -280,7 +281,7 @@ impl PoolDoc {
 
     /// Returns what its role means.
     pub fn role_traits(&self) -> Cow<'_, RoleTraits> {
-        self.traits.as_ref().map_or_else(|| Cow::Owned(RoleTraits::built_in(self.spec.role)), Cow::Borrowed)
+        self.traits.as_ref().map_or_else(|| Cow::Owned(RoleTraits::built_in(self.spec.role)), |traits| Cow::Borrowed(&**traits))
     }
 }
 

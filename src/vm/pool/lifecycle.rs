@@ -1,5 +1,6 @@
 //! Pools come, change, get their image, and go.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mvm_types::{InstanceAddress, PoolAddress, Role, TenantId};
@@ -19,7 +20,7 @@ use crate::vm::node::Node;
 /// Where flakes are built.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum BuilderChoice {
-    /// On this host while it has at most one tenant, in a microVM otherwise.
+    /// On this host for its only tenant, in a microVM otherwise.
     #[default]
     Auto,
     /// On this host.
@@ -34,6 +35,8 @@ pub struct BuildOptions<'a> {
     pub watch: &'a dyn BuildWatch,
     /// What the build may use.
     pub limits: Limits,
+    /// Whether other tenants come besides those that are there: whose flake may be built on this host is decided by all of them.
+    pub others_come: bool,
 }
 
 /// Follows a build without a word, to its end.
@@ -58,7 +61,7 @@ impl Node {
             return Err(LifecycleError::Exists { kind: "pool", name: pool.to_string() });
         }
         quotas.check_pools(tenant, self.pools(tenant)?.len() + 1)?;
-        let traits = self.images().role_traits(&PoolSpec { role, ..spec.clone() })?;
+        let traits = self.images().role_traits(&PoolSpec { role, ..spec.clone() })?.map(Arc::new);
         // Of a pool whose document is gone: what they are stays.
         let there = self.pool_instances(&pool, &mut Vec::new())?;
         if let Some(other) = there.iter().find(|doc| doc.role != role) {
@@ -93,7 +96,7 @@ impl Node {
             return Err(LifecycleError::Refused { what: format!("make {pool} a {}", spec.role), why });
         }
         if let Some(traits) = self.images().role_traits(&spec)? {
-            doc.traits = Some(traits);
+            doc.traits = Some(Arc::new(traits));
         } else if spec.flake_ref != doc.spec.flake_ref {
             doc.traits = None;
         }
@@ -145,8 +148,18 @@ impl Node {
         built
     }
 
+    /// Writes down that a pool's image cannot be built, where that was found out for another pool of the same flake.
+    pub fn pool_build_failed(&self, pool: &PoolAddress, error: &str) -> Result<(), LifecycleError> {
+        let _guard = self.lock(&keys::pool_dir(pool))?;
+        let mut doc = self.pool(pool)?;
+        let failure = Failure::again(doc.failure.as_ref(), "build image", error.to_owned(), &self.clock().now());
+        doc.failure = Some(failure);
+        Ok(self.documents().write(&keys::pool_doc(pool), &doc)?)
+    }
+
     fn build(&self, pool: &PoolAddress, spec: &PoolSpec, options: &BuildOptions<'_>) -> Result<Origin, LifecycleError> {
-        let builder = if spec.flake_ref == BUILTIN { Box::new(HostBuilder) } else { self.flake_builder(&pool.tenant)? };
+        let builder =
+            if spec.flake_ref == BUILTIN { Box::new(HostBuilder) } else { self.flake_builder(&pool.tenant, options.others_come)? };
         let request = BuildRequest {
             spec,
             builder: &*builder,
@@ -179,11 +192,11 @@ impl Node {
     }
 
     /// Who builds a tenant's flakes: as was chosen, or by how many tenants there are.
-    fn flake_builder(&self, tenant: &TenantId) -> Result<Box<dyn FlakeBuilder + '_>, LifecycleError> {
+    fn flake_builder(&self, tenant: &TenantId, others_come: bool) -> Result<Box<dyn FlakeBuilder + '_>, LifecycleError> {
         let kind = match self.builder {
             BuilderChoice::Host => BuilderKind::Host,
             BuilderChoice::Vm => BuilderKind::Vm,
-            BuilderChoice::Auto if self.tenants()?.len() <= 1 => BuilderKind::Host,
+            BuilderChoice::Auto if !others_come && self.tenants()?.iter().all(|other| other == tenant) => BuilderKind::Host,
             BuilderChoice::Auto => BuilderKind::Vm,
         };
         match kind {

@@ -19,12 +19,16 @@
 //! know exists where a manifest defines it; for mvm's own roles, what the manifest leaves out is as without one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io::Read;
 use std::path::{Component, Path};
 
+use mvm_hostd::HostdError;
 use mvm_hostd::dir::Dir;
-use mvm_types::{ProfileName, Role, SecretName, nearest};
-use serde::{Deserialize, Serialize};
+use mvm_types::{ProfileName, Role, RoleError, SecretName, nearest};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use toml::Spanned;
 
 use super::role::{Handler, MAX_PRIORITY, Port, Ports, RoleTraits, Service};
@@ -54,12 +58,22 @@ pub enum ManifestError {
     #[error("{MANIFEST_FILE} cannot be read: {0}")]
     Unreadable(String),
     /// A module that it names cannot be used.
-    #[error("{MANIFEST_FILE}: {place}: {why}")]
+    #[error("{MANIFEST_FILE}:{line}:{column}: {place}: {why}")]
     Module {
+        /// Counted from 1.
+        line: usize,
+        /// In characters, counted from 1.
+        column: usize,
         /// Which one, as in `roles.gateway.module`.
         place: String,
         /// What is wrong.
         why: String,
+    },
+    /// There is none, and the role is none of mvm's own.
+    #[error("{}, and the flake has no manifest that defines it", RoleError::unknown(*.role))]
+    Missing {
+        /// The role.
+        role: Role,
     },
     /// It has no such role or profile.
     #[error("{kind} \"{name}\" is not in {MANIFEST_FILE}; it has: {known}{}", .near.as_ref().map(|near| format!(" (did you mean {near}?)")).unwrap_or_default())]
@@ -157,12 +171,34 @@ struct RawRole {
 }
 
 /// A service: its unit, or its unit and the secrets that it needs.
-#[derive(Clone, Deserialize, Serialize)]
-#[serde(untagged, expecting = "a service is the name of a systemd unit, or { unit = \"…\", secrets = [\"…\"] }")]
+#[derive(Clone, Serialize)]
+#[serde(untagged)]
 enum RawService {
     Unit(String),
-    #[serde(untagged)]
     Table(RawServiceTable),
+}
+
+impl<'de> Deserialize<'de> for RawService {
+    // By hand, so that what is wrong in a table is said of the key and not of the whole.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = RawService;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("the name of a systemd unit, or { unit = \"…\", secrets = [\"…\"] }")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, unit: &str) -> Result<RawService, E> {
+                Ok(RawService::Unit(unit.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RawService, A::Error> {
+                RawServiceTable::deserialize(MapAccessDeserializer::new(map)).map(RawService::Table)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
 }
 
 #[derive(Clone, Deserialize, Serialize)]
@@ -173,19 +209,48 @@ struct RawServiceTable {
     secrets: Vec<SecretName>,
 }
 
+/// A module that a manifest names: where it says so, what for, and which.
+struct Named {
+    offset: usize,
+    place: String,
+    module: String,
+}
+
+/// The line and the column of an offset, counted from 1; the column in characters.
+fn position(text: &str, offset: usize) -> (usize, usize) {
+    let before = &text[..text.floor_char_boundary(offset.min(text.len()))];
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+}
+
+/// What a parser says, with the key that was most likely meant.
+fn with_nearest(message: &str) -> String {
+    let message = message.trim_end();
+    let words: Vec<&str> = message.split('`').collect();
+    // unknown field `x`, expected one of `a`, `b`
+    let near = match words[..] {
+        ["unknown field " | "unknown variant ", given, ref known @ ..] => nearest(given, known.iter().copied().skip(1).step_by(2)),
+        _ => None,
+    };
+    near.map_or_else(|| message.to_owned(), |near| format!("{message} (did you mean {near}?)"))
+}
+
 impl NixManifest {
     /// Reads and checks a manifest's text.
     ///
     /// # Errors
     /// What is wrong first, with its line and column.
     pub fn parse(text: &str) -> Result<NixManifest, ManifestError> {
+        Self::read(text).map(|(manifest, _)| manifest)
+    }
+
+    fn read(text: &str) -> Result<(NixManifest, Vec<Named>), ManifestError> {
         let at = |offset: usize, what: String| {
-            let before = &text[..text.floor_char_boundary(offset.min(text.len()))];
-            let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-            ManifestError::Invalid { line: before.matches('\n').count() + 1, column: before[line_start..].chars().count() + 1, what }
+            let (line, column) = position(text, offset);
+            ManifestError::Invalid { line, column, what }
         };
         if text.len() > MOST {
-            return Err(at(0, format!("it has {} bytes, and {MOST} are allowed", text.len())));
+            return Err(at(0, format!("it has more than {MOST} bytes")));
         }
         // The version first: what a newer one has besides is not wrong.
         #[derive(Deserialize)]
@@ -196,7 +261,7 @@ impl NixManifest {
         struct Meta {
             version: Option<Spanned<i64>>,
         }
-        let wrong = |error: toml::de::Error| at(error.span().map_or(0, |span| span.start), error.message().trim_end().to_owned());
+        let wrong = |error: toml::de::Error| at(error.span().map_or(0, |span| span.start), with_nearest(error.message()));
         let versioned: Versioned = toml::from_str(text).map_err(wrong)?;
         let Some(version) = versioned.meta.and_then(|meta| meta.version) else {
             return Err(at(0, format!("it has no version; write [meta] and version = {VERSION}")));
@@ -207,16 +272,23 @@ impl NixManifest {
         }
         let raw: Raw = toml::from_str(text).map_err(wrong)?;
         let mut manifest = NixManifest { profiles: BTreeMap::new(), roles: BTreeMap::new() };
+        let mut modules = Vec::new();
+        let mut note = |kind: &str, name: &str, module: &Spanned<String>| {
+            let place = format!("{kind}.{name}.module");
+            modules.push(Named { offset: module.span().start, place, module: module.get_ref().clone() });
+        };
         for (name, profile) in raw.profiles {
             let parsed = name.get_ref().parse::<ProfileName>().map_err(|error| at(name.span().start, error.to_string()))?;
+            note("profiles", parsed.as_str(), &profile.module);
             manifest.profiles.insert(parsed, ProfileEntry { module: module(&profile.module, at)? });
         }
         for (name, role) in raw.roles {
             let parsed = name.get_ref().parse::<Role>().map_err(|error| at(name.span().start, error.to_string()))?;
+            note("roles", parsed.as_str(), &role.module);
             let module = module(&role.module, at)?;
             manifest.roles.insert(parsed, RoleEntry { module, traits: traits(parsed, role, at)? });
         }
-        Ok(manifest)
+        Ok((manifest, modules))
     }
 
     /// Reads the manifest of a flake that lies in a directory; `None` when it has none.
@@ -226,26 +298,37 @@ impl NixManifest {
     /// # Errors
     /// When there is one and it cannot be used.
     pub fn load(flake: &Path) -> Result<Option<NixManifest>, ManifestError> {
-        let unreadable = |error: mvm_hostd::HostdError| ManifestError::Unreadable(with_causes(&error));
-        let dir = Dir::open(flake).map_err(unreadable)?;
-        let Some(file) = dir.open_inside(MANIFEST_FILE).map_err(unreadable)? else { return Ok(None) };
-        let mut text = String::new();
+        // Where the sources lie meanwhile is not what the reader calls them.
+        let cause = |error: HostdError| match error {
+            HostdError::Io { source, .. } => source.to_string(),
+            HostdError::Refused { why, .. } => why,
+        };
+        let dir = Dir::open(flake).map_err(|error| ManifestError::Unreadable(with_causes(&error)))?;
+        let found = dir.open_inside(MANIFEST_FILE).map_err(|error| ManifestError::Unreadable(cause(error)))?;
+        let Some(file) = found else { return Ok(None) };
+        let mut bytes = Vec::new();
         // One byte more than is allowed tells that it is too long.
-        file.take(MOST as u64 + 1).read_to_string(&mut text).map_err(|error| ManifestError::Unreadable(error.to_string()))?;
-        let manifest = NixManifest::parse(&text)?;
-        for (place, module) in manifest.modules() {
-            let found =
-                dir.open_inside(&module).map_err(|error| ManifestError::Module { place: place.clone(), why: with_causes(&error) })?;
-            if found.is_none() {
-                return Err(ManifestError::Module { place, why: format!("{module} is not in the flake") });
+        file.take(MOST as u64 + 1).read_to_end(&mut bytes).map_err(|error| ManifestError::Unreadable(error.to_string()))?;
+        let text = match std::str::from_utf8(&bytes) {
+            Ok(text) => text,
+            Err(error) => {
+                let good = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
+                let (line, column) = position(&good, good.len());
+                let what = format!("it is not UTF-8: there is a byte 0x{:02x}", bytes[error.valid_up_to()]);
+                return Err(ManifestError::Invalid { line, column, what });
             }
+        };
+        let (manifest, modules) = NixManifest::read(text)?;
+        for Named { offset, place, module } in modules {
+            let why = match dir.open_inside(&module) {
+                Ok(Some(_)) => continue,
+                Ok(None) => format!("{module} is not in the flake"),
+                Err(error) => format!("{module}: {}", cause(error)),
+            };
+            let (line, column) = position(text, offset);
+            return Err(ManifestError::Module { line, column, place, why });
         }
         Ok(Some(manifest))
-    }
-
-    fn modules(&self) -> impl Iterator<Item = (String, String)> {
-        let profiles = self.profiles.iter().map(|(name, entry)| (format!("profiles.{name}.module"), entry.module.clone()));
-        profiles.chain(self.roles.iter().map(|(name, entry)| (format!("roles.{name}.module"), entry.module.clone())))
     }
 
     /// Finds what a role and a profile come to.
@@ -481,6 +564,17 @@ vsock_handlers = ["logs"]
             ("priority = 1", "priority = 1001", "mvm-profiles.toml:19:12: priority 1001 is more than 1000"),
             ("priority = 1", "priority = -1", "mvm-profiles.toml:19:12: invalid value: integer `-1`, expected u16"),
             ("port = 6379", "port = 0", "mvm-profiles.toml:21:10: port 0 is none"),
+            (
+                "secrets = [\"sync-token\"]",
+                "secret = [\"sync-token\"]",
+                "mvm-profiles.toml:22:55: unknown field `secret`, expected `unit` or `secrets` (did you mean secrets?)",
+            ),
+            ("[\"sync-token\"]", "\"sync-token\"", "mvm-profiles.toml:22:65: invalid type: string \"sync-token\", expected a sequence"),
+            (
+                "\"redis.service\"",
+                "7",
+                "mvm-profiles.toml:22:13: invalid type: integer `7`, expected the name of a systemd unit, or { unit = \"…\", secrets = [\"…\"] }",
+            ),
             ("\"redis.service\"", "\"redis\"", "mvm-profiles.toml:22:13: \"redis\" is not the name of a systemd unit"),
             (
                 "[\"logs\"]",
@@ -492,7 +586,7 @@ vsock_handlers = ["logs"]
             assert!(said.starts_with(expected), "{said}\n{expected}");
         }
         assert!(NixManifest::parse("").unwrap_err().to_string().contains("it has no version"));
-        assert!(NixManifest::parse(&"#".repeat(MOST + 1)).unwrap_err().to_string().contains("bytes, and"));
+        assert!(NixManifest::parse(&"#".repeat(MOST + 1)).unwrap_err().to_string().contains("it has more than 262144 bytes"));
     }
 
     #[test]
@@ -509,11 +603,14 @@ vsock_handlers = ["logs"]
         assert_eq!(NixManifest::load(path), Ok(None));
         fs::write(path.join(MANIFEST_FILE), "[meta]\nversion = 1\n[roles.cache]\nmodule = \"roles/cache.nix\"\n").unwrap();
         let said = |path: &Path| NixManifest::load(path).unwrap_err().to_string();
-        assert!(said(path).ends_with("roles.cache.module: roles/cache.nix is not in the flake"), "{}", said(path));
+        assert_eq!(said(path), "mvm-profiles.toml:4:10: roles.cache.module: roles/cache.nix is not in the flake");
         fs::create_dir(path.join("roles")).unwrap();
         symlink("/etc/hostname", path.join("roles/cache.nix")).unwrap();
-        assert!(said(path).contains("roles.cache.module: "), "{}", said(path));
+        assert_eq!(said(path), "mvm-profiles.toml:4:10: roles.cache.module: roles/cache.nix: a link leads out of the directory");
         fs::remove_file(path.join("roles/cache.nix")).unwrap();
+        fs::create_dir(path.join("roles/cache.nix")).unwrap();
+        assert_eq!(said(path), "mvm-profiles.toml:4:10: roles.cache.module: roles/cache.nix: it is no regular file");
+        fs::remove_dir(path.join("roles/cache.nix")).unwrap();
         fs::write(path.join("roles/cache.nix"), "{ }").unwrap();
         assert!(NixManifest::load(path).unwrap().is_some());
         fs::rename(path.join(MANIFEST_FILE), path.join("kept")).unwrap();
@@ -521,7 +618,10 @@ vsock_handlers = ["logs"]
         assert!(NixManifest::load(path).unwrap().is_some());
         fs::remove_file(path.join(MANIFEST_FILE)).unwrap();
         symlink("/etc/hostname", path.join(MANIFEST_FILE)).unwrap();
-        assert!(said(path).contains("cannot be read"), "{}", said(path));
+        assert_eq!(said(path), "mvm-profiles.toml cannot be read: a link leads out of the directory");
+        fs::remove_file(path.join(MANIFEST_FILE)).unwrap();
+        fs::write(path.join(MANIFEST_FILE), b"[meta]\nversion = 1 # \xc3\xa4 \xff").unwrap();
+        assert_eq!(said(path), "mvm-profiles.toml:2:17: it is not UTF-8: there is a byte 0xff");
         assert!(NixManifest::load(&path.join("absent")).is_err());
     }
 

@@ -1,12 +1,13 @@
 //! What a pool was built from, revision by revision: documents that outlive the image's sources.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use mvm_types::{PoolAddress, ProfileName, RevisionId};
 use serde::{Deserialize, Serialize};
 
 use super::config::{BUILTIN, PoolSpec};
-use super::role::RoleTraits;
+use super::role::{self, RoleTraits};
 use crate::image::nix::{BuilderKind, ClosurePath};
 use crate::infra::clock::Moment;
 use crate::store::Document;
@@ -48,8 +49,8 @@ pub struct Origin {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<String>,
     /// What the pool's role means by the flake's manifest; none without one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub traits: Option<RoleTraits>,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "role::shared")]
+    pub traits: Option<Arc<RoleTraits>>,
 }
 
 /// One file of an image.

@@ -2,9 +2,12 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use mvm_types::{Role, SecretName};
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
 
 use super::config::{PoolDoc, PoolSpec};
 pub use crate::net::Protocol;
@@ -138,36 +141,70 @@ impl RoleTraits {
     }
 }
 
+/// Traits as documents hold them: in one line, and one for all pools that hold the same line.
+pub(super) mod shared {
+    use super::{Arc, BTreeMap, Deserialize, Deserializer, Error, Mutex, PoisonError, RawValue, RoleTraits, Serialize};
+
+    /// How many lines are remembered; a node has a few flakes with a few roles each.
+    const MOST_REMEMBERED: usize = 1024;
+
+    /// Writes them in one line, whatever is around it.
+    pub fn serialize<S: serde::Serializer>(traits: &Option<Arc<RoleTraits>>, serializer: S) -> Result<S::Ok, S::Error> {
+        let line = traits.as_ref().map(serde_json::value::to_raw_value).transpose().map_err(serde::ser::Error::custom)?;
+        line.serialize(serializer)
+    }
+
+    /// Reads them; a line that was read before is not parsed again.
+    ///
+    /// # Errors
+    /// When they are no traits.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<RoleTraits>>, D::Error> {
+        // Few and alike in their beginnings at most: compared faster than hashed.
+        static KNOWN: Mutex<BTreeMap<Box<str>, Arc<RoleTraits>>> = Mutex::new(BTreeMap::new());
+        let Some(raw) = Option::<Box<RawValue>>::deserialize(deserializer)? else { return Ok(None) };
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(traits) = known.get(raw.get()) {
+            return Ok(Some(traits.clone()));
+        }
+        let traits: Arc<RoleTraits> = Arc::new(serde_json::from_str(raw.get()).map_err(D::Error::custom)?);
+        if known.len() == MOST_REMEMBERED {
+            known.clear();
+        }
+        known.insert(raw.get().into(), traits.clone());
+        Ok(Some(traits))
+    }
+}
+
 /// What the roles of the pools that are planned mean.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Roles(BTreeMap<String, BTreeMap<Role, RoleTraits>>);
+pub struct Roles(BTreeMap<String, BTreeMap<Role, Arc<RoleTraits>>>);
 
 impl Roles {
     /// Learns what a role means in a flake.
-    pub fn learn(&mut self, flake_ref: &str, role: Role, traits: &RoleTraits) {
+    pub fn learn(&mut self, flake_ref: &str, role: Role, traits: &Arc<RoleTraits>) {
         match self.0.get_mut(flake_ref) {
             // A thousand pools of one flake say the same.
-            Some(roles) if roles.get(&role) == Some(traits) => {}
+            Some(roles) if roles.get(&role).is_some_and(|known| Arc::ptr_eq(known, traits) || known == traits) => {}
             Some(roles) => drop(roles.insert(role, traits.clone())),
             None => drop(self.0.insert(flake_ref.to_owned(), BTreeMap::from([(role, traits.clone())]))),
         }
     }
 
-    fn learned(&self, spec: &PoolSpec) -> Option<&RoleTraits> {
+    fn learned(&self, spec: &PoolSpec) -> Option<&Arc<RoleTraits>> {
         self.0.get(&spec.flake_ref)?.get(&spec.role)
     }
 
     /// What the role of a pool means.
     pub fn of(&self, spec: &PoolSpec) -> Cow<'_, RoleTraits> {
-        self.learned(spec).map_or_else(|| Cow::Owned(RoleTraits::built_in(spec.role)), Cow::Borrowed)
+        self.learned(spec).map_or_else(|| Cow::Owned(RoleTraits::built_in(spec.role)), |traits| Cow::Borrowed(&**traits))
     }
 
     /// Tells whether the role of a pool means something else than is written down of it.
     pub fn say_else(&self, spec: &PoolSpec, doc: &PoolDoc) -> bool {
         match (self.learned(spec), &doc.traits) {
             (None, None) => false,
-            (Some(now), Some(then)) => now != then,
-            (Some(one), None) | (None, Some(one)) => *one != RoleTraits::built_in(spec.role),
+            (Some(now), Some(then)) => !Arc::ptr_eq(now, then) && now != then,
+            (Some(one), None) | (None, Some(one)) => **one != RoleTraits::built_in(spec.role),
         }
     }
 
@@ -196,6 +233,24 @@ mod tests {
     fn gateways_come_first_and_connectors_last() {
         assert_eq!(Role::ALL.map(role_priority), [0, 1, 2, 3]);
         assert_eq!(role_priority("cache".parse().unwrap()), role_priority(Role::Worker));
+    }
+
+    #[test]
+    fn documents_share_traits_that_read_the_same() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        struct Doc {
+            #[serde(default, skip_serializing_if = "Option::is_none", with = "shared")]
+            traits: Option<Arc<RoleTraits>>,
+        }
+        let doc = Doc { traits: Some(Arc::new(RoleTraits { min_running: 3, ..RoleTraits::built_in(Role::Gateway) })) };
+        let text = serde_json::to_string_pretty(&doc).unwrap();
+        let read = || serde_json::from_str::<Doc>(&text).unwrap();
+        let (one, other) = (read(), read());
+        assert_eq!(one, doc);
+        assert!(Arc::ptr_eq(&one.traits.unwrap(), &other.traits.unwrap()));
+        assert_eq!(serde_json::from_str::<Doc>("{}").unwrap().traits, None);
+        assert_eq!(serde_json::from_str::<Doc>("{\"traits\": null}").unwrap().traits, None);
+        assert!(serde_json::from_str::<Doc>("{\"traits\": {\"priority\": -1}}").is_err());
     }
 
     #[test]

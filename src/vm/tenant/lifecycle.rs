@@ -144,6 +144,7 @@ impl Node {
         let mut ruleset = Ruleset::default();
         let mut bridges = BTreeSet::new();
         let mut instances = BTreeSet::new();
+        let (mut taps, mut unread) = (BTreeSet::new(), false);
         let mut missing = Vec::new();
         let observed = self.host().observe_network()?;
         self.documents().raw().clear_removed(keys::TENANTS)?;
@@ -153,16 +154,20 @@ impl Node {
             let mut docs = Vec::new();
             for pool in pools {
                 let mut cut_off = Vec::new();
+                let before = docs.len();
                 docs.extend(self.all_pool_instances(&pool, &mut Vec::new(), &mut cut_off, Ok)?);
                 unfinished.extend(cut_off.iter().map(keys::instance_dir));
                 // Also those whose document was moved aside: what they have stays until somebody decides.
-                instances.extend(self.instances(&pool)?);
+                let ids = self.instances(&pool)?;
+                unread |= ids.len() != docs.len() - before;
+                instances.extend(ids);
                 self.documents().raw().clear_removed(&keys::instances_dir(&pool))?;
             }
             self.documents().raw().clear_removed(&keys::pools_dir(&tenant))?;
             if self.sweep_unfinished(&tenant, &unfinished)? {
                 continue;
             }
+            taps.extend(docs.iter().map(|doc| crate::net::tap_name(doc.net_id, doc.offset)));
             let doc = match self.tenant(&tenant) {
                 Ok(doc) => doc,
                 // Its document was moved aside: no packet of it passes without rules, but its bridge stays.
@@ -192,7 +197,7 @@ impl Node {
         if !observed.loose.is_empty() {
             self.host().reattach(&ruleset)?;
         }
-        for what in self.host().sweep(&HostExpectations { bridges, instances })? {
+        for what in self.host().sweep(&HostExpectations { bridges, instances, taps: (!unread).then_some(taps) })? {
             tracing::warn!(what, "removed what nothing declares");
         }
         Ok(())

@@ -13,13 +13,15 @@ use mvm_types::{InstanceAddress, NodeId};
 use rustix::fs::{Gid, Uid, fchown};
 
 use super::args::{CommandLine, DriveArg, NicArg, RamArg, RamMapping, Start, TCG_CACHE_MIB, kernel_arguments, render};
-use super::files::{QMP_SOCKET, append_to, find_in_path, listen_all, open_for_vmm, open_log};
+use super::files::{QMP_SOCKET, listen_all};
 use super::memory;
 use super::probe::{self, HostFacts, KvmVerdict};
-use super::process::{self, Children};
 use super::qmp::{Command, QmpClient, QmpError, RunState};
 use super::spawn::{Inherited, Launch, launch};
 use crate::infra::process::ProcessIdentity;
+use crate::vmm::facts;
+use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
+use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
     Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp,
 };
@@ -115,7 +117,7 @@ impl Qemu {
     }
 
     fn remember(&self, facts: &HostFacts) {
-        if let Err(error) = probe::remember(&self.options.facts_file, facts) {
+        if let Err(error) = facts::write(&self.options.facts_file, facts) {
             tracing::debug!(file = %self.options.facts_file.display(), %error, "cannot remember what QEMU can do");
         }
     }
@@ -215,7 +217,7 @@ impl Qemu {
         let drives: Vec<(&str, RawFd, _)> =
             spec.drives.into_iter().map(|Drive { name, file, access }| (name, inherit.hand(file), access)).collect();
         let drives: Vec<DriveArg<'_>> = drives.into_iter().map(|(name, fd, access)| DriveArg { name, fd, access }).collect();
-        let nic = spec.nic.map(|Nic { tap, mac }| NicArg { tap: inherit.hand(tap), mac });
+        let nic = spec.nic.map(|Nic { tap, mac, .. }| NicArg { tap: inherit.hand(tap), mac });
         let append = kernel_arguments(acceleration, facts.tsc_khz, &spec.kernel_args);
         let start = match from {
             From::Kernel => Start::Boot {
@@ -253,7 +255,13 @@ impl Qemu {
         self.children.add(child);
         let ended = || VmmError::Failed { what: "cannot start QEMU", why: process::log_tail(&spec.vmm_log) };
         let Some(process) = identity else { return Err(ended()) };
-        let vm = VmHandle { process, run_dir: spec.run_dir, mem_mib: spec.mem_mib, stamp: Some(stamp(&facts, acceleration)) };
+        let vm = VmHandle {
+            vmm: VmmKind::Qemu,
+            process,
+            run_dir: spec.run_dir,
+            mem_mib: spec.mem_mib,
+            stamp: Some(stamp(&facts, acceleration)),
+        };
         match QmpClient::connect(&vm.run_dir.join(QMP_SOCKET), Instant::now() + QMP_TIMEOUT) {
             Ok(client) => Ok((vm, client)),
             Err(error) => {
@@ -387,7 +395,7 @@ impl Vmm for Qemu {
         Ok(())
     }
 
-    fn restore(&self, spec: VmSpec, dir: &Path) -> Result<VmHandle, VmmError> {
+    fn restore(&self, spec: VmSpec, dir: &Path, _made_by: &VmmStamp) -> Result<VmHandle, VmmError> {
         let [state_name, memory_name] = SNAPSHOT_FILES;
         let open = |name: &str, write: bool| {
             let path = dir.join(name);
@@ -433,11 +441,7 @@ impl Vmm for Qemu {
     }
 
     fn wait_exit(&self, vm: &VmHandle, timeout: Duration) -> Result<Liveness, VmmError> {
-        let failed = |source| VmmError::Io { what: format!("cannot wait for QEMU process {}", vm.process.pid), source };
-        let liveness = match process::open(&vm.process).map_err(failed)? {
-            Some(pidfd) => process::wait(&pidfd, timeout).map_err(failed)?,
-            None => Liveness::Gone,
-        };
+        let liveness = process::wait_exit(&vm.process, timeout)?;
         self.children.reap();
         Ok(liveness)
     }
@@ -447,9 +451,9 @@ impl Vmm for Qemu {
     }
 
     fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
-        let found = process::find_by_marker(&marker(node, at))
+        let found = process::find_by_option("-name", &format!("guest={}", marker(node, at)))
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
-        Ok(found.map(|process| VmHandle { process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
+        Ok(found.map(|process| VmHandle { vmm: VmmKind::Qemu, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
     }
 
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {
@@ -477,11 +481,6 @@ fn stamp(facts: &HostFacts, acceleration: Acceleration) -> VmmStamp {
 /// What `-name` carries.
 fn marker(node: &NodeId, at: &InstanceAddress) -> String {
     format!("mvm:{node}/{at}")
-}
-
-fn pid_of(child: &std::process::Child) -> i32 {
-    // The kernel's pids are positive and below 2^22.
-    i32::try_from(child.id()).unwrap_or(-1)
 }
 
 enum SaveError {

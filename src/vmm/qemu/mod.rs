@@ -21,7 +21,6 @@ mod extents;
 mod files;
 mod memory;
 mod probe;
-mod process;
 mod qmp;
 mod spawn;
 

@@ -2,15 +2,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::infra::process::host_boot_id;
 use crate::vmm::VmmError;
+use crate::vmm::facts::{self, Key, host_cpu};
 
 /// Whether KVM can be used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,44 +43,10 @@ pub struct HostFacts {
     pub kvm: KvmVerdict,
 }
 
-/// What makes the facts stale when it changes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Key {
-    boot: String,
-    binary: PathBuf,
-    device: u64,
-    inode: u64,
-    size: u64,
-    changed_ns: i128,
-}
-
-impl Key {
-    fn of(binary: &Path) -> io::Result<Self> {
-        let meta = fs::metadata(binary)?;
-        Ok(Self {
-            boot: host_boot_id().as_ref().to_owned(),
-            binary: binary.to_owned(),
-            device: meta.dev(),
-            inode: meta.ino(),
-            size: meta.len(),
-            changed_ns: i128::from(meta.ctime()) * 1_000_000_000 + i128::from(meta.ctime_nsec()),
-        })
-    }
-}
-
 /// Reads the remembered facts, when they are about this binary and this boot of the host.
 pub(super) fn remembered(file: &Path, binary: &Path) -> Option<HostFacts> {
-    let facts: HostFacts = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
+    let facts: HostFacts = facts::read(file)?;
     (facts.key == Key::of(binary).ok()?).then_some(facts)
-}
-
-/// Remembers the facts. Failing to is no failure of what was asked: it is found out again next time.
-pub(super) fn remember(file: &Path, facts: &HostFacts) -> io::Result<()> {
-    let dir = file.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let mut temporary = tempfile::NamedTempFile::new_in(dir)?;
-    serde_json::to_writer_pretty(&mut temporary, facts)?;
-    temporary.persist(file).map_err(|error| error.error)?;
-    Ok(())
 }
 
 /// Finds out everything but what needs a guest.
@@ -136,20 +101,6 @@ fn version(binary: &Path) -> Result<String, VmmError> {
 fn parse_version(line: &str) -> Option<(u32, u32)> {
     let mut numbers = line.strip_prefix("QEMU emulator version ")?.split(['.', ' ', '(']);
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-}
-
-/// Names the host's CPU: the model, and a hash of its features, which a kernel or microcode update can change.
-fn host_cpu(cpuinfo: &str) -> String {
-    let value = |name: &str| {
-        let line = cpuinfo.lines().find(|line| line.split(':').next().map(str::trim) == Some(name))?;
-        Some(line.split_once(':')?.1.trim().to_owned())
-    };
-    let mut features: Vec<String> = value("flags").unwrap_or_default().split_ascii_whitespace().map(str::to_owned).collect();
-    features.sort_unstable();
-    let model: Vec<String> =
-        ["model name", "cpu family", "model", "stepping"].iter().map(|name| value(name).unwrap_or_else(|| "?".into())).collect();
-    let hash = blake3::hash(features.join(" ").as_bytes()).to_hex();
-    format!("{} ({}.{}.{}) features {}", model[0], model[1], model[2], model[3], &hash[..8])
 }
 
 /// Measures the rate of the time stamp counter against the monotonic clock, over 50 ms.
@@ -241,20 +192,11 @@ mod tests {
             kvm: KvmVerdict::Unusable { why: "y".into() },
         };
         assert_eq!(remembered(&file, &binary), None);
-        remember(&file, &facts).unwrap();
+        facts::write(&file, &facts).unwrap();
         assert_eq!(remembered(&file, &binary), Some(facts));
         fs::write(&binary, "other").unwrap();
         assert_eq!(remembered(&file, &binary), None);
         fs::write(&file, "{").unwrap();
         assert_eq!(remembered(&file, &binary), None);
-    }
-
-    #[test]
-    fn the_host_cpu_is_named_with_its_features() {
-        let info = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nstepping\t: 1\nflags\t\t: fpu vme\n";
-        let name = host_cpu(info);
-        assert!(name.starts_with("AMD EPYC (25.1.1) features "), "{name}");
-        assert_ne!(name, host_cpu(&info.replace("vme", "vme avx")));
-        assert_eq!(name, host_cpu(&info.replace("fpu vme", "vme fpu")));
     }
 }

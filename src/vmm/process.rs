@@ -1,4 +1,4 @@
-//! QEMU processes as the kernel shows them: alive or gone, what they use, which ones nobody recorded.
+//! VMM processes as the kernel shows them: alive or gone, what they use, which ones nobody recorded.
 
 use std::fs;
 use std::io;
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
 
+use super::{Liveness, VmStats, VmmError};
 use crate::infra::process::ProcessIdentity;
-use crate::vmm::{Liveness, VmStats, VmmError};
 
 /// Uids from here on are those of instances: 0x7000_0000 + net id * 65536 + offset.
 const FIRST_INSTANCE_UID: u32 = 0x7000_0000;
@@ -45,13 +45,22 @@ pub(super) fn wait(pidfd: &OwnedFd, timeout: Duration) -> io::Result<Liveness> {
     }
 }
 
+/// Waits until just this process has ended, at most for `timeout`.
+pub(super) fn wait_exit(process: &ProcessIdentity, timeout: Duration) -> Result<Liveness, VmmError> {
+    let failed = |source| VmmError::Io { what: format!("cannot wait for VMM process {}", process.pid), source };
+    match open(process).map_err(failed)? {
+        Some(pidfd) => wait(&pidfd, timeout).map_err(failed),
+        None => Ok(Liveness::Gone),
+    }
+}
+
 /// How long the kernel may take to end a killed process: it has to give back its memory and descriptors first.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Ends the process with `SIGKILL` and returns when it is gone. Idempotent.
 pub(super) fn kill(process: &ProcessIdentity) -> Result<(), VmmError> {
     let io = |what: &str| {
-        let what = format!("cannot {what} QEMU process {}", process.pid);
+        let what = format!("cannot {what} VMM process {}", process.pid);
         move |source| VmmError::Io { what, source }
     };
     let Some(pidfd) = open(process).map_err(io("open"))? else { return Ok(()) };
@@ -62,7 +71,7 @@ pub(super) fn kill(process: &ProcessIdentity) -> Result<(), VmmError> {
     match wait(&pidfd, KILL_TIMEOUT).map_err(io("wait for"))? {
         Liveness::Gone => Ok(()),
         Liveness::Alive => Err(VmmError::Timeout {
-            what: "cannot kill the QEMU process",
+            what: "cannot kill the VMM process",
             after_ms: u64::try_from(KILL_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
         }),
     }
@@ -88,10 +97,10 @@ fn parse_stats(stat: &str) -> Option<VmStats> {
     })
 }
 
-/// Finds a process with this `-name`.
+/// Finds a process whose command line has this option with this value.
 ///
 /// Only processes of an instance's uid or of our own count: another user of the host may name a process as he likes.
-pub(super) fn find_by_marker(marker: &str) -> io::Result<Option<ProcessIdentity>> {
+pub(super) fn find_by_option(option: &str, value: &str) -> io::Result<Option<ProcessIdentity>> {
     let own = geteuid().as_raw();
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
@@ -99,7 +108,7 @@ pub(super) fn find_by_marker(marker: &str) -> io::Result<Option<ProcessIdentity>
         // Named before it is read: a process that takes over the pid meanwhile is another one.
         let Some(process) = ProcessIdentity::of(pid) else { continue };
         let Ok(command_line) = fs::read(entry.path().join("cmdline")) else { continue };
-        if !carries_marker(&command_line, marker) {
+        if !has_option(&command_line, option, value) {
             continue;
         }
         let Ok(owner) = entry.metadata() else { continue };
@@ -110,18 +119,18 @@ pub(super) fn find_by_marker(marker: &str) -> io::Result<Option<ProcessIdentity>
     Ok(None)
 }
 
-/// Tells whether an argument list (separated by NUL) has `-name guest=<marker>`.
-fn carries_marker(command_line: &[u8], marker: &str) -> bool {
+/// Tells whether an argument list (separated by NUL) has an option, the first time that it is there, with a value.
+fn has_option(command_line: &[u8], option: &str, value: &str) -> bool {
     let mut args = command_line.split(|b| *b == 0);
     while let Some(arg) = args.next() {
-        if arg == b"-name" {
-            return args.next().and_then(|value| value.strip_prefix(b"guest=")) == Some(marker.as_bytes());
+        if arg == option.as_bytes() {
+            return args.next() == Some(value.as_bytes());
         }
     }
     false
 }
 
-/// The QEMUs that this process started itself and that stay zombies until it takes note of their end.
+/// The VMMs that this process started itself and that stay zombies until it takes note of their end.
 #[derive(Debug, Default)]
 pub(super) struct Children(Mutex<Vec<Child>>);
 
@@ -134,6 +143,12 @@ impl Children {
     pub(super) fn reap(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).retain_mut(|child| matches!(child.try_wait(), Ok(None)));
     }
+}
+
+/// The pid of a child.
+pub(super) fn pid_of(child: &Child) -> i32 {
+    // The kernel's pids are positive and below 2^22.
+    i32::try_from(child.id()).unwrap_or(-1)
 }
 
 /// Returns the last lines of a log for an error message, at most 2 KiB, on one line.
@@ -212,11 +227,11 @@ mod tests {
     #[test]
     fn a_marker_is_the_whole_name() {
         let line = b"qemu\0-name\0guest=mvm:n/t/p/i-1\0-m\x00128M\0";
-        assert!(carries_marker(line, "mvm:n/t/p/i-1"));
-        assert!(!carries_marker(line, "mvm:n/t/p/i-"));
-        assert!(!carries_marker(line, "mvm:n/t/p/i-11"));
-        assert!(!carries_marker(b"grep\0guest=mvm:n/t/p/i-1\0", "mvm:n/t/p/i-1"));
-        assert!(!carries_marker(b"", ""));
+        assert!(has_option(line, "-name", "guest=mvm:n/t/p/i-1"));
+        assert!(!has_option(line, "-name", "guest=mvm:n/t/p/i-"));
+        assert!(!has_option(line, "-name", "guest=mvm:n/t/p/i-11"));
+        assert!(!has_option(b"grep\0guest=mvm:n/t/p/i-1\0", "-name", "guest=mvm:n/t/p/i-1"));
+        assert!(!has_option(b"", "-name", ""));
     }
 
     #[test]

@@ -1,0 +1,3 @@
+# role: host
+# expect: mvm.host: nix.enable is off
+{ nix.enable = false; }

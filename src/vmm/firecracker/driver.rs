@@ -1,0 +1,667 @@
+//! The driver: the interface of [`crate::vmm`] over one jailed Firecracker per machine.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use mvm_firecracker::{
+    Api, ApiError, ApiErrorKind, CallTiming, CpuTemplate, Deadlines, Found, Fresh, HugePages, Paused, SnapshotType, Unknown,
+};
+use mvm_types::{InstanceAddress, InstanceId, NodeId};
+use rustix::fs::{Gid, Uid, fchown};
+
+use super::args::{self, Limits, Machine};
+use super::jail::{self, Entry, Launch};
+use super::snapshot::{Scratch, guard, merge};
+use super::tap;
+use super::versions::{self, Installed, Verdict};
+use crate::infra::process::ProcessIdentity;
+use crate::vmm::files::{open_for_vmm, open_log};
+use crate::vmm::process::{self, Children, pid_of};
+use crate::vmm::{
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind,
+    VmmStamp,
+};
+
+/// How long calls may take. A busy host is slower by two orders than an idle one; a Firecracker that hangs is given up after it.
+const DEADLINES: Deadlines = Deadlines {
+    connect: Duration::from_secs(10),
+    call: Duration::from_secs(10),
+    start: Duration::from_secs(30),
+    snapshot: Duration::from_secs(180),
+};
+
+/// How long a bare kernel may take to boot; real virtualisation needs below one second.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The least that Firecracker may write into a file, in bytes: its log, the guest's console. It ends when it writes beyond.
+const LEAST_FILE: u64 = 64 << 20;
+
+/// The most bytes of a device state; Firecracker itself reads no more.
+const MOST_STATE: u64 = 10_000_000;
+
+/// In the run directory of a restored machine, as long as its memory's writes since then are all tracked: what it was restored from and
+/// what was written since are its memory.
+const TRACKED: &str = "memory-is-tracked";
+
+/// How the driver is set up.
+#[derive(Debug, Clone)]
+pub struct FirecrackerOptions {
+    /// The program; `None` looks for the newest of [`versions::VERSIONS_DIR`], then in `PATH`.
+    pub binary: Option<PathBuf>,
+    /// Where versions lie side by side.
+    pub versions: PathBuf,
+    /// Whether one older than [`versions::MINIMUM`] is taken.
+    pub allow_old: bool,
+    /// Where what was found out is remembered; its directory exists, and jails are made over an empty one beside it.
+    pub facts_file: PathBuf,
+    /// The CPU template that guests see, so that snapshots wake on unlike hosts.
+    pub cpu_template: Option<CpuTemplate>,
+    /// The pages that guest memory is made of.
+    pub huge_pages: HugePages,
+    /// Arguments of guests' kernels before those of their images.
+    pub kernel_args: Vec<String>,
+    /// Arguments of Firecracker's own, for one that was built without its system call filters.
+    pub extra: Vec<String>,
+}
+
+/// The Firecracker driver.
+#[derive(Debug)]
+pub struct Firecracker {
+    options: FirecrackerOptions,
+    found: Mutex<Option<Vec<Installed>>>,
+    children: Children,
+    timeline: Mutex<Vec<VmmCall>>,
+}
+
+/// What a machine is made from.
+enum From<'a> {
+    Kernel,
+    Snapshot { dir: &'a Path },
+}
+
+/// A started Firecracker that was told nothing yet.
+struct Started {
+    vm: VmHandle,
+    api: Api<Fresh>,
+    /// How long it took until Firecracker listened.
+    jail: Duration,
+    /// The TAP, which is kept until Firecracker has it.
+    tap_name: Option<String>,
+    /// What the API's connections are made to, as long as there may be more of them.
+    _socket: OwnedFd,
+}
+
+impl Firecracker {
+    /// Looks for nothing and runs nothing yet.
+    pub fn new(options: FirecrackerOptions) -> Self {
+        Self { options, found: Mutex::default(), children: Children::default(), timeline: Mutex::default() }
+    }
+
+    /// The Firecrackers of this host, the one that machines start with first.
+    ///
+    /// # Errors
+    /// When there is none that can be used.
+    pub fn installed(&self) -> Result<Vec<Installed>, VmmError> {
+        let mut known = lock(&self.found);
+        if let Some(found) = &*known {
+            return Ok(found.clone());
+        }
+        let FirecrackerOptions { binary, versions, allow_old, facts_file, .. } = &self.options;
+        let found = versions::find(binary.as_deref(), versions, *allow_old, facts_file)?;
+        Ok(known.insert(found).clone())
+    }
+
+    /// Tells whether guests boot here, trying it with a kernel where that is not known.
+    ///
+    /// # Errors
+    /// When there is no Firecracker with a jailer.
+    pub fn verdict(&self, kernel: Option<&Path>) -> Result<Verdict, VmmError> {
+        let all = self.installed()?;
+        let first = &all[0];
+        let (Verdict::Untried, Some(kernel)) = (&first.verdict, kernel) else { return Ok(first.verdict.clone()) };
+        let verdict = self.try_to_boot(first, kernel)?;
+        if let Err(error) = versions::remember_verdict(&self.options.facts_file, &all, first, &verdict) {
+            tracing::debug!(%error, "cannot remember whether Firecracker boots guests");
+        }
+        let mut known = lock(&self.found);
+        if let Some(one) = known.as_mut().and_then(|all| all.first_mut()) {
+            one.verdict = verdict.clone();
+        }
+        Ok(verdict)
+    }
+
+    /// Boots a bare kernel, which panics at the end of its own start: `panic=1 reboot=k` makes that the end of Firecracker.
+    fn try_to_boot(&self, installed: &Installed, kernel: &Path) -> Result<Verdict, VmmError> {
+        /// A uid that no instance has: net ids begin at 1.
+        const PROBE_UID: u32 = 0x7000_0000;
+        const MEM_MIB: u32 = 128;
+        if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+            return Ok(Verdict::Unusable { why: format!("/dev/kvm cannot be opened: {error}") });
+        }
+        let what = "cannot try Firecracker";
+        let failed = |source| VmmError::Io { what: what.into(), source };
+        let dir = tempfile::tempdir().map_err(failed)?;
+        let spec = VmSpec {
+            at: InstanceAddress::new(name(what)?, name(what)?, InstanceId::from_bits(std::process::id())),
+            node: name(what)?,
+            uid: Some(PROBE_UID),
+            vcpus: 1,
+            mem_mib: MEM_MIB,
+            kernel: kernel.to_owned(),
+            initrd: None,
+            kernel_args: vec!["loglevel=4".into()],
+            drives: Vec::new(),
+            nic: None,
+            run_dir: dir.path().to_owned(),
+            scratch: None,
+            console_log: dir.path().join("console"),
+            vmm_log: dir.path().join("log"),
+            lifetime: Lifetime::Detached,
+        };
+        let console = spec.console_log.clone();
+        let vm = match self.boot_with(installed, spec) {
+            Ok(vm) => vm,
+            Err(error) => return Ok(Verdict::Unusable { why: error.to_string() }),
+        };
+        let ended = self.wait_exit(&vm, PROBE_TIMEOUT)?;
+        self.kill(&vm)?;
+        let said = fs::read(&console).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+        let panicked = said.contains("Kernel panic - not syncing: VFS") || said.contains("Kernel panic - not syncing: No working init");
+        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("nothing").to_owned();
+        Ok(match (ended, panicked) {
+            (Liveness::Gone, true) => Verdict::Usable,
+            (Liveness::Gone, false) => Verdict::Unusable { why: format!("a guest ended early; its console ends with {last:?}") },
+            (Liveness::Alive, _) => Verdict::Unusable {
+                why: format!("a guest did not boot within {} s; its console ends with {last:?}", PROBE_TIMEOUT.as_secs()),
+            },
+        })
+    }
+
+    fn boot_with(&self, installed: &Installed, spec: VmSpec) -> Result<VmHandle, VmmError> {
+        let what = "cannot start Firecracker";
+        let names: Vec<(&'static str, bool)> = spec.drives.iter().map(|one| (one.name, one.access == DriveAccess::ReadOnly)).collect();
+        let nic = spec.nic.as_ref().map(|nic| (nic.tap_name.clone(), nic.mac));
+        let boot = args::boot(&Machine {
+            vcpus: spec.vcpus,
+            mem_mib: spec.mem_mib,
+            has_initrd: spec.initrd.is_some(),
+            kernel_args: args::kernel_arguments(&self.options.kernel_args, &spec.kernel_args),
+            drives: names,
+            nic: nic.as_ref().map(|(name, mac)| (name.as_str(), *mac)),
+            // A number of the instance's own, as its uid is.
+            cid: spec.uid.unwrap_or(3),
+            cpu_template: self.options.cpu_template,
+            huge_pages: self.options.huge_pages,
+        })
+        .map_err(|why| VmmError::Failed { what, why })?;
+        let Started { vm, api, jail, tap_name, _socket } = self.start(installed, spec, From::Kernel)?;
+        match api.boot(&boot) {
+            Ok(mut api) => {
+                self.note(jail, api.take_timeline());
+                self.let_go(what, &vm, tap_name.as_deref())?;
+                Ok(vm)
+            }
+            Err(failed) => Err(self.give_up(what, &vm, failed.error)),
+        }
+    }
+
+    /// Starts a Firecracker in its jail and waits until it listens.
+    fn start(&self, installed: &Installed, spec: VmSpec, from: From<'_>) -> Result<Started, VmmError> {
+        let what = "cannot start Firecracker";
+        let begun = Instant::now();
+        self.children.reap();
+        let unusable = |why: String| VmmError::Unusable { vmm: "firecracker", why };
+        let jailer = installed.jailer.as_deref().ok_or_else(|| {
+            unusable(format!(
+                "there is no jailer beside {}; `mvm node install-firecracker` puts both in place",
+                installed.firecracker.display()
+            ))
+        })?;
+        let uid = spec.uid.ok_or_else(|| unusable("its jail is made by root; try it with sudo".into()))?;
+        if spec.lifetime == Lifetime::WithCaller {
+            return Err(unusable("a machine that ends with its caller is QEMU's".into()));
+        }
+        let io = |doing: String| move |source| VmmError::Io { what: doing, source };
+        let base = self.options.facts_file.with_file_name("jails");
+        match fs::DirBuilder::new().mode(0o700).create(&base) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io(format!("cannot make {}", base.display()))(error)),
+            _ => {}
+        }
+        let host_dir = spec.run_dir.join(args::HOST_DIR_NAME);
+        let host = Scratch::make(&host_dir, uid).map_err(io(format!("cannot make {}", host_dir.display())))?;
+        let mut entries = vec![Entry::directory(args::HOST_DIR, host.fd())?];
+        if let Some(path) = &spec.scratch {
+            let scratch = Scratch::make(path, uid).map_err(io(format!("cannot make {}", path.display())))?;
+            entries.push(Entry::directory(args::SCRATCH_DIR, scratch.fd())?);
+        }
+        match &from {
+            From::Kernel => {
+                entries.push(readable(args::KERNEL, &spec.kernel, uid)?);
+                if let Some(initrd) = &spec.initrd {
+                    entries.push(readable(args::INITRD, initrd, uid)?);
+                }
+            }
+            From::Snapshot { dir } => {
+                for (path, name) in [args::RESTORE_STATE, args::RESTORE_MEMORY].into_iter().zip(SNAPSHOT_FILES) {
+                    let place = dir.join(name);
+                    let open = io(format!("cannot open {}", place.display()));
+                    let file =
+                        OpenOptions::new().read(true).open(&place).and_then(|file| guard(&file, uid).map(|()| file)).map_err(open)?;
+                    entries.push(Entry::file(path, &file.into(), DriveAccess::ReadOnly)?);
+                }
+            }
+        }
+        let mut largest = LEAST_FILE.max(u64::from(spec.mem_mib) << 20);
+        for Drive { name, file, access } in &spec.drives {
+            if *access == DriveAccess::ReadWrite {
+                let prepared = fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid))).and_then(|()| rustix::fs::fstat(file));
+                let length = prepared.map_err(|error| io(format!("cannot hand over drive {name}"))(error.into()))?.st_size;
+                largest = largest.max(u64::try_from(length).unwrap_or(0));
+            }
+            entries.push(Entry::file(args::drive_path(name), file, *access)?);
+        }
+        // Firecracker opens the TAP itself, by its name; one queue has one owner.
+        let tap_name = spec.nic.as_ref().map(|nic| nic.tap_name.clone());
+        if let Some(nic) = spec.nic {
+            tap::keep(&nic.tap).map_err(io(format!("cannot hand over TAP {}", nic.tap_name)))?;
+        }
+        let id = args::jail_id(&spec.node, &spec.at);
+        let limits = Limits { file_bytes: largest, descriptors: 2048 };
+        let arguments =
+            args::jailer(&installed.firecracker.to_string_lossy(), &base.to_string_lossy(), &id, uid, limits, &self.options.extra);
+        let launched = Launch {
+            jailer,
+            arguments,
+            firecracker: &installed.firecracker,
+            id: &id,
+            base: &base,
+            uid,
+            entries,
+            console: open_log(&spec.console_log)?,
+            log: open_log(&spec.vmm_log)?,
+        };
+        let mut child = jail::launch(launched).map_err(io(format!("cannot start {}", jailer.display())))?;
+        drop(spec.drives);
+        let ended = |status: Option<ExitStatus>| VmmError::Failed { what, why: words(status, &host_dir, &spec.vmm_log) };
+        let Some(process) = ProcessIdentity::of(pid_of(&child)) else { return Err(ended(child.wait().ok())) };
+        let socket = match wait_for_socket(&host_dir, &mut child) {
+            Ok(Some(socket)) => socket,
+            Ok(None) => return Err(ended(child.wait().ok())),
+            Err(error) => {
+                process::kill(&process)?;
+                let _ = child.wait();
+                return Err(error);
+            }
+        };
+        self.children.add(child);
+        let vm =
+            VmHandle { vmm: VmmKind::Firecracker, process, run_dir: spec.run_dir, mem_mib: spec.mem_mib, stamp: Some(stamp(installed)) };
+        let jail = begun.elapsed();
+        match Api::connect_while(&by_descriptor(&socket), DEADLINES, || self.liveness(&vm) == Liveness::Alive) {
+            Ok(api) => Ok(Started { vm, api, jail, tap_name, _socket: socket }),
+            Err(error) => Err(self.give_up(what, &vm, error)),
+        }
+    }
+
+    /// Has the TAP end with the machine.
+    fn let_go(&self, what: &'static str, vm: &VmHandle, tap_name: Option<&str>) -> Result<(), VmmError> {
+        let Some(name) = tap_name else { return Ok(()) };
+        let why = match tap::let_go(&vm.process, name) {
+            Ok(true) => return Ok(()),
+            Ok(false) => format!("Firecracker did not open TAP {name}"),
+            Err(error) => format!("TAP {name} would stay behind: {error}"),
+        };
+        self.kill(vm)?;
+        Err(VmmError::Failed { what, why })
+    }
+
+    /// Keeps the calls of a start, after the making of its jail.
+    fn note(&self, jail: Duration, calls: Vec<CallTiming>) {
+        let jail_us = u64::try_from(jail.as_micros()).unwrap_or(u64::MAX);
+        let mut all = vec![VmmCall { what: "jail".into(), began_us: 0, took_us: jail_us }];
+        all.extend(calls.into_iter().map(|call| VmmCall { what: call.request, began_us: jail_us + call.began_us, took_us: call.took_us }));
+        *lock(&self.timeline) = all;
+    }
+
+    /// Ends a machine of which a call failed while it was made.
+    fn give_up(&self, what: &'static str, vm: &VmHandle, error: ApiError) -> VmmError {
+        // It may have ended by itself, and says why in its log.
+        let patience =
+            if matches!(error.kind, ApiErrorKind::Closed | ApiErrorKind::Ended) { Duration::from_secs(1) } else { Duration::ZERO };
+        let gone = matches!(self.wait_exit(vm, patience), Ok(Liveness::Gone));
+        // That it cannot be killed is worse news than why it was to be.
+        if let Err(worse) = self.kill(vm) {
+            return worse;
+        }
+        match (gone, error.kind) {
+            (true, ApiErrorKind::Closed | ApiErrorKind::Ended) => {
+                let why = reason(&log_text(&vm.run_dir.join(args::HOST_DIR_NAME))).unwrap_or_else(|| "Firecracker ended".into());
+                VmmError::Failed { what, why: format!("{}: {why}", error.request) }
+            }
+            (_, kind) => api_error(what, ApiError { request: error.request, kind }),
+        }
+    }
+
+    /// Connects to a machine that runs, and finds its phase; the descriptor is what is connected to again when Firecracker hangs up.
+    fn attach(&self, what: &'static str, vm: &VmHandle) -> Result<(Found, OwnedFd), VmmError> {
+        if self.liveness(vm) == Liveness::Gone {
+            return Err(VmmError::Gone { what });
+        }
+        let host_dir = vm.run_dir.join(args::HOST_DIR_NAME);
+        let socket = jail::open_socket(&host_dir, args::API_SOCKET)
+            .map_err(|source| VmmError::Io { what: format!("{what}: {}", host_dir.join(args::API_SOCKET).display()), source })?;
+        let api = Api::<Unknown>::attach(&by_descriptor(&socket), DEADLINES).map_err(|error| self.call_failed(what, vm, error))?;
+        let found = api.find_phase().map_err(|failed| self.call_failed(what, vm, failed.error))?;
+        Ok((found, socket))
+    }
+
+    fn call_failed(&self, what: &'static str, vm: &VmHandle, error: ApiError) -> VmmError {
+        let patience =
+            if matches!(error.kind, ApiErrorKind::Closed | ApiErrorKind::Io { .. }) { Duration::from_secs(1) } else { Duration::ZERO };
+        if let Ok(Liveness::Gone) = self.wait_exit(vm, patience) {
+            return VmmError::Gone { what };
+        }
+        api_error(what, error)
+    }
+
+    /// Finds the version that made a snapshot.
+    fn maker(&self, made_by: &VmmStamp) -> Result<Installed, VmmError> {
+        let all = self.installed()?;
+        let what = "cannot restore the snapshot";
+        all.into_iter()
+            .find(|one| one.build() == made_by.build)
+            .ok_or_else(|| VmmError::Failed { what, why: format!("{} made it, and is not on this host any more", made_by.build) })
+    }
+
+    /// Puts what Firecracker wrote in place of the snapshot in `dir`.
+    fn keep(&self, vm: &VmHandle, uid: u32, scratch: &Scratch, dir: &Path, kind: SnapshotType) -> io::Result<()> {
+        let [state_name, memory_name] = SNAPSHOT_FILES;
+        let bytes = u64::from(vm.mem_mib) << 20;
+        let state = scratch.take(args::STATE, uid, 1..=MOST_STATE)?;
+        let memory = scratch.take(args::MEMORY, uid, bytes..=bytes)?;
+        match kind {
+            SnapshotType::Full => scratch.hand_over(args::MEMORY, &memory, dir, memory_name, uid)?,
+            SnapshotType::Diff => {
+                let base = OpenOptions::new().read(true).write(true).open(dir.join(memory_name))?;
+                let merged = merge(&memory, &base)?;
+                tracing::debug!(pid = vm.process.pid, merged, "merged guest memory");
+                scratch.remove(args::MEMORY)?;
+            }
+        }
+        scratch.hand_over(args::STATE, &state, dir, state_name, uid)
+    }
+
+    fn write_snapshot(&self, vm: &VmHandle, api: &mut Api<Paused>, dir: &Path) -> Result<(), VmmError> {
+        let what = "cannot write a snapshot";
+        let failed = |source| VmmError::Io { what: format!("cannot write a snapshot to {}", dir.display()), source };
+        // Below the instance's directory, as the snapshot is.
+        let path = dir.with_file_name(SCRATCH_NAME);
+        let scratch = Scratch::open(&path).map_err(failed)?;
+        let uid = rustix::fs::fstat(scratch.fd()).map_err(|error| failed(error.into()))?.st_uid;
+        for name in [args::STATE, args::MEMORY] {
+            scratch.remove(name).map_err(failed)?;
+        }
+        let tracked = vm.run_dir.join(TRACKED);
+        let kind = if tracked.exists() && dir.join(SNAPSHOT_FILES[1]).exists() { SnapshotType::Diff } else { SnapshotType::Full };
+        // What Firecracker writes now it does not write again: unless all of it arrives, the next one is whole.
+        match fs::remove_file(&tracked) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        api.create_snapshot(&args::create(kind)).map_err(|error| self.call_failed(what, vm, error))?;
+        let kept = self.keep(vm, uid, &scratch, dir, kind);
+        for name in [args::STATE, args::MEMORY] {
+            scratch.remove(name).map_err(failed)?;
+        }
+        kept.map_err(failed)?;
+        if kind == SnapshotType::Diff {
+            File::create(&tracked).map_err(failed)?;
+        }
+        // Whether what was written was all of it.
+        if self.liveness(vm) == Liveness::Gone { Err(VmmError::Gone { what }) } else { Ok(()) }
+    }
+}
+
+/// The name of a machine's scratch directory, beside its snapshot's.
+pub(in crate::vmm) const SCRATCH_NAME: &str = "vmm";
+
+impl Vmm for Firecracker {
+    fn kind(&self) -> VmmKind {
+        VmmKind::Firecracker
+    }
+
+    fn prepare(&self, kernel: &Path) -> Result<(), VmmError> {
+        self.verdict(Some(kernel)).map(drop)
+    }
+
+    fn overhead_mib(&self) -> u32 {
+        // Its own memory, seen as 5 to 7 MiB, and the jail's: the copy of the program, the drives that are in memory only.
+        24
+    }
+
+    fn stamp(&self) -> Result<VmmStamp, VmmError> {
+        Ok(stamp(&self.installed()?[0]))
+    }
+
+    fn stamp_for(&self, made_by: &VmmStamp) -> Result<VmmStamp, VmmError> {
+        let all = self.installed()?;
+        let same = all.iter().find(|one| one.build() == made_by.build);
+        Ok(stamp(same.unwrap_or(&all[0])))
+    }
+
+    fn boot(&self, spec: VmSpec) -> Result<VmHandle, VmmError> {
+        let installed = self.installed()?.swap_remove(0);
+        self.boot_with(&installed, spec)
+    }
+
+    fn pause(&self, vm: &VmHandle) -> Result<(), VmmError> {
+        let what = "cannot pause the virtual machine";
+        let (found, _socket) = self.attach(what, vm)?;
+        match found {
+            Found::Paused(_) => Ok(()),
+            Found::Running(api) => api.pause().map(drop).map_err(|failed| self.call_failed(what, vm, failed.error)),
+            Found::Preboot(_) => Err(VmmError::Failed { what, why: "it was never started".into() }),
+        }
+    }
+
+    fn resume(&self, vm: &VmHandle) -> Result<(), VmmError> {
+        let what = "cannot resume the virtual machine";
+        let (found, _socket) = self.attach(what, vm)?;
+        match found {
+            Found::Running(_) => Ok(()),
+            Found::Paused(api) => api.resume().map(drop).map_err(|failed| self.call_failed(what, vm, failed.error)),
+            Found::Preboot(_) => Err(VmmError::Failed { what, why: "it was never started".into() }),
+        }
+    }
+
+    fn snapshot(&self, vm: &VmHandle, dir: &Path) -> Result<(), VmmError> {
+        let what = "cannot write a snapshot";
+        let (found, _socket) = self.attach(what, vm)?;
+        match found {
+            Found::Paused(mut api) => self.write_snapshot(vm, &mut api, dir),
+            _ => Err(VmmError::Failed { what, why: "the virtual machine runs; pause it first".into() }),
+        }
+    }
+
+    fn restore(&self, spec: VmSpec, dir: &Path, made_by: &VmmStamp) -> Result<VmHandle, VmmError> {
+        let what = "cannot restore the snapshot";
+        let installed = self.maker(made_by)?;
+        let memory = dir.join(SNAPSHOT_FILES[1]);
+        let length =
+            fs::metadata(&memory).map_err(|source| VmmError::Io { what: format!("cannot open {}", memory.display()), source })?.len();
+        let wanted = u64::from(spec.mem_mib) << 20;
+        if length != wanted {
+            return Err(VmmError::Failed { what, why: format!("its memory has {length} bytes and the machine {wanted}") });
+        }
+        let load = args::load(spec.nic.as_ref().map(|nic| nic.tap_name.as_str())).map_err(|why| VmmError::Failed { what, why })?;
+        // Made anew for each start: the guest finds what is in them now, of whatever length.
+        let renewed = spec.drives.iter().filter(|one| matches!(one.name, "config" | "secrets"));
+        let renewed: Vec<_> =
+            renewed.map(|one| args::changed_drive(one.name)).collect::<Result<_, _>>().map_err(|why| VmmError::Failed { what, why })?;
+        let tracked = spec.run_dir.join(TRACKED);
+        let Started { vm, api, jail, tap_name, _socket } = self.start(&installed, spec, From::Snapshot { dir })?;
+        let mut api = match api.load_snapshot(&args::outputs(), &load) {
+            Ok(api) => api,
+            Err(failed) => return Err(self.give_up(what, &vm, failed.error)),
+        };
+        for drive in &renewed {
+            if let Err(error) = api.patch_drive(drive) {
+                return Err(self.give_up(what, &vm, error));
+            }
+        }
+        if let Err(source) = File::create(&tracked) {
+            self.kill(&vm)?;
+            return Err(VmmError::Io { what: format!("cannot make {}", tracked.display()), source });
+        }
+        self.note(jail, api.take_timeline());
+        self.let_go(what, &vm, tap_name.as_deref())?;
+        Ok(vm)
+    }
+
+    fn kill(&self, vm: &VmHandle) -> Result<(), VmmError> {
+        let result = process::kill(&vm.process);
+        self.children.reap();
+        result
+    }
+
+    fn wait_exit(&self, vm: &VmHandle, timeout: Duration) -> Result<Liveness, VmmError> {
+        let liveness = process::wait_exit(&vm.process, timeout)?;
+        self.children.reap();
+        Ok(liveness)
+    }
+
+    fn liveness(&self, vm: &VmHandle) -> Liveness {
+        if vm.process.is_alive() { Liveness::Alive } else { Liveness::Gone }
+    }
+
+    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
+        let found = process::find_by_option("--id", &args::jail_id(node, at))
+            .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
+        Ok(found.map(|process| VmHandle { vmm: VmmKind::Firecracker, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
+    }
+
+    fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {
+        reason(&log_text(&vm.run_dir.join(args::HOST_DIR_NAME))).or_else(|| reason(&process::log_tail(vmm_log)))
+    }
+
+    fn take_timeline(&self) -> Vec<VmmCall> {
+        std::mem::take(&mut *lock(&self.timeline))
+    }
+
+    fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {
+        process::stats(&vm.process).ok_or(VmmError::Gone { what: "cannot read what the virtual machine uses" })
+    }
+}
+
+/// What the machine is called that only tries whether guests boot.
+fn name<T: std::str::FromStr>(what: &'static str) -> Result<T, VmmError> {
+    "probe".parse().map_err(|_| VmmError::Failed { what, why: "a probe has no name".into() })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A file that the machine's user has to be able to read.
+fn readable(path: &str, file: &Path, uid: u32) -> Result<Entry, VmmError> {
+    Entry::file(path, &open_for_vmm(file, Some(uid))?.into(), DriveAccess::ReadOnly)
+}
+
+fn by_descriptor(socket: &OwnedFd) -> PathBuf {
+    format!("/proc/self/fd/{}", socket.as_raw_fd()).into()
+}
+
+/// Waits for the API's socket; `None` when the process ends before.
+fn wait_for_socket(host_dir: &Path, child: &mut Child) -> Result<Option<OwnedFd>, VmmError> {
+    const NAP: Duration = Duration::from_micros(300);
+    let failed = |source| VmmError::Io { what: format!("cannot open {}", host_dir.join(args::API_SOCKET).display()), source };
+    let deadline = Instant::now() + DEADLINES.connect;
+    loop {
+        match jail::open_socket(host_dir, args::API_SOCKET) {
+            Ok(socket) => return Ok(Some(socket)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+        if child.try_wait().map_err(failed)?.is_some() {
+            return Ok(None);
+        }
+        if Instant::now() >= deadline {
+            let after_ms = u64::try_from(DEADLINES.connect.as_millis()).unwrap_or(u64::MAX);
+            return Err(VmmError::Timeout { what: "cannot reach Firecracker's API", after_ms });
+        }
+        std::thread::sleep(NAP);
+    }
+}
+
+fn api_error(what: &'static str, error: ApiError) -> VmmError {
+    match error.kind {
+        ApiErrorKind::Timeout { after_ms } => VmmError::Timeout { what, after_ms },
+        kind => VmmError::Failed { what, why: ApiError { request: error.request, kind }.to_string() },
+    }
+}
+
+/// Firecracker's log in the directory that it shares with the host: at most its end.
+fn log_text(host_dir: &Path) -> String {
+    let Ok(scratch) = Scratch::open(host_dir) else { return String::new() };
+    let owner = rustix::fs::fstat(scratch.fd()).map_or(0, |meta| meta.st_uid);
+    // By descriptor: what is in that directory is not mvm's.
+    match scratch.take(args::LOG, owner, 0..=LEAST_FILE) {
+        Ok(file) => process::log_tail(format!("/proc/self/fd/{}", file.as_raw_fd()).as_ref()),
+        Err(_) => String::new(),
+    }
+}
+
+/// What Firecracker's last words mean.
+fn reason(log: &str) -> Option<String> {
+    if let Some(rest) = log.split("intercepting a bad syscall (").nth(1) {
+        let number: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        return Some(format!(
+            "Firecracker's system call filter ended it at system call {number}; a release of Firecracker has filters that fit it"
+        ));
+    }
+    if log.contains("Vmm is stopping") || log.contains("exit_code=0") {
+        return Some("its guest restarted or panicked, which ends it; `mvm logs --source console` has its last words".into());
+    }
+    let last = log.split("; ").last().unwrap_or_default().trim();
+    (!last.is_empty()).then(|| last.to_owned())
+}
+
+/// Why a Firecracker ended before it listened.
+fn words(status: Option<ExitStatus>, host_dir: &Path, vmm_log: &Path) -> String {
+    let said = reason(&log_text(host_dir)).unwrap_or_else(|| process::log_tail(vmm_log));
+    match status {
+        Some(status) if let Some(signal) = status.signal() => format!("it was ended by signal {signal}: {said}"),
+        Some(status) => format!("it ended with exit code {}: {said}", status.code().unwrap_or(-1)),
+        None => said,
+    }
+}
+
+fn stamp(installed: &Installed) -> VmmStamp {
+    VmmStamp {
+        vmm: VmmKind::Firecracker,
+        build: installed.build(),
+        acceleration: Acceleration::Kvm,
+        cpu: format!("host on {}", installed.cpu),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_words_are_understood() {
+        let bad = "2026-11-24T11:20:00 [mvm:main] Shutting down VM after intercepting a bad syscall (232).";
+        assert!(reason(bad).unwrap().contains("at system call 232"));
+        assert!(reason("x; Vmm is stopping.").unwrap().contains("restarted or panicked"));
+        assert_eq!(reason("one; the other").as_deref(), Some("the other"));
+        assert_eq!(reason(""), None);
+    }
+}
