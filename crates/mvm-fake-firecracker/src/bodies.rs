@@ -332,3 +332,22 @@ pub struct SnapshotLoad {
     #[expect(dead_code, reason = "no page is huge here")]
     pub huge_pages: Option<RestoredHugePages>,
 }
+
+/// What `GET /vm/config` tells, in its order; what is not there is null, and what this one does not have is always.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FullConfig<'a> {
+    pub balloon: Option<&'a Balloon>,
+    pub drives: &'a [Drive],
+    pub boot_source: &'a BootSource,
+    pub cpu_config: (),
+    pub logger: (),
+    pub machine_config: &'a MachineConfig,
+    pub metrics: (),
+    pub mmds_config: (),
+    pub network_interfaces: Vec<&'a NetworkInterface>,
+    pub vsock: Option<&'a Vsock>,
+    pub entropy: Option<&'a Entropy>,
+    pub pmem: [(); 0],
+    pub memory_hotplug: (),
+}

@@ -62,11 +62,12 @@ impl Connection {
         loop {
             if let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\r\n") {
                 let line: Vec<u8> = self.buffer.drain(..end + 2).take(end).collect();
-                return Some(String::from_utf8(line).map_err(|_| "Invalid request.".into()));
+                let line = String::from_utf8(line).map_err(|_| "Invalid request.".into());
+                return Some(line.and_then(|line| if line.len() > MAX_LINE { Err(too_long(&line)) } else { Ok(line) }));
             }
             if self.buffer.len() > MAX_LINE {
                 let line = String::from_utf8_lossy(&std::mem::take(&mut self.buffer)).into_owned();
-                return Some(Err(format!("Invalid header. Reason: Invalid content length. Header: {line}")));
+                return Some(Err(too_long(&line)));
             }
             self.fill()?;
         }
@@ -88,6 +89,10 @@ impl Connection {
     pub fn send(&mut self, bytes: &[u8]) -> bool {
         self.stream.write_all(bytes).is_ok()
     }
+}
+
+fn too_long(line: &str) -> String {
+    format!("Invalid header. Reason: Invalid content length. Header: {line}")
 }
 
 fn parse(head: &[String]) -> Result<(String, String, usize), String> {

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::bodies::{
-    Action, ActionType, Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, CpuTemplate, Drive, DriveUpdate, Entropy, HugePages,
-    IoEngine, Logger, MachineConfig, MachineConfigUpdate, MemoryBackendType, Metrics, NetworkInterface, NetworkInterfaceUpdate, Serial,
-    SnapshotCreate, SnapshotLoad, SnapshotType, Vm, VmState, Vsock,
+    Action, ActionType, Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, CpuTemplate, Drive, DriveUpdate, Entropy, FullConfig,
+    HugePages, IoEngine, Logger, MachineConfig, MachineConfigUpdate, MemoryBackendType, Metrics, NetworkInterface, NetworkInterfaceUpdate,
+    Serial, SnapshotCreate, SnapshotLoad, SnapshotType, Vm, VmState, Vsock,
 };
 use crate::faults;
 use crate::guest::{Console, Guest};
@@ -596,22 +596,22 @@ impl Inner {
         }
     }
 
-    fn config(&self) -> Value {
-        json!({
-            "balloon": self.balloon,
-            "drives": self.drives,
-            "boot-source": self.boot_source,
-            "cpu-config": null,
-            "logger": null,
-            "machine-config": self.machine,
-            "metrics": null,
-            "mmds-config": null,
-            "network-interfaces": self.network_interfaces.iter().map(|(interface, _)| interface).collect::<Vec<_>>(),
-            "vsock": self.vsock.as_ref().map(|(vsock, _)| vsock),
-            "entropy": self.entropy,
-            "pmem": [],
-            "memory-hotplug": null,
-        })
+    fn config(&self) -> FullConfig<'_> {
+        FullConfig {
+            balloon: self.balloon.as_ref(),
+            drives: &self.drives,
+            boot_source: &self.boot_source,
+            cpu_config: (),
+            logger: (),
+            machine_config: &self.machine,
+            metrics: (),
+            mmds_config: (),
+            network_interfaces: self.network_interfaces.iter().map(|(interface, _)| interface).collect(),
+            vsock: self.vsock.as_ref().map(|(vsock, _)| vsock),
+            entropy: self.entropy.as_ref(),
+            pmem: [],
+            memory_hotplug: (),
+        }
     }
 }
 

@@ -71,10 +71,10 @@ fn main() -> ExitCode {
         Ok(Command::Serve(options)) => options,
         Err(refusal) => {
             log.line("main", &refusal.log);
-            eprintln!("Error: {}", refusal.debug);
             if refusal.code == PANIC {
                 std::process::abort();
             }
+            eprintln!("Error: {}", refusal.debug);
             return log.exit(refusal.code);
         }
     };

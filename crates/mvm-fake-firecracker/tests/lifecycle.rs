@@ -259,6 +259,11 @@ fn framing_is_firecracker_s() {
     }
     let unknown = raw(&fake, &request("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 96, "x": 1}"#));
     assert!(unknown.contains("unknown field `x`, expected one of `vcpu_count`, `mem_size_mib`, `smt`, `cpu_template`, `track_dirty_pages`, `huge_pages` at line 1 column 41."), "{unknown}");
+    let long = raw(&fake, format!("GET /version HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(2000)).as_bytes());
+    assert!(long.contains("Invalid header. Reason: Invalid content length. Header: X: aaa"), "{long}");
+    let config = raw(&fake, b"GET /vm/config HTTP/1.1\r\n\r\n");
+    let whole = r#"{"balloon":null,"drives":[],"boot-source":{"kernel_image_path":"","initrd_path":null,"boot_args":null},"cpu-config":null,"logger":null,"machine-config":{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"},"metrics":null,"mmds-config":null,"network-interfaces":[],"vsock":null,"entropy":null,"pmem":[],"memory-hotplug":null}"#;
+    assert!(config.ends_with(whole), "{config}");
     // Ten at once, and no more.
     let open: Vec<UnixStream> = (0..10).map(|_| UnixStream::connect(fake.at("a")).unwrap()).collect();
     wait_for(|| raw(&fake, b"").starts_with("HTTP/1.1 503\r\n"));
