@@ -118,14 +118,14 @@ impl Guest {
 
     /// Gives the agent another configuration, as another drive does.
     pub fn configure(&self, config: &[u8]) -> std::io::Result<()> {
-        if self.dir.exists() { fs::write(self.dir.join("config.json"), config) } else { Ok(()) }
+        if self.dir.exists() { fs::write(self.dir.join("config.json"), without_drives(config)) } else { Ok(()) }
     }
 
     fn prepare(&self, config: Option<&[u8]>) -> std::io::Result<()> {
         for dir in ["hooks/drain.d", "hooks/pre-sleep.d", "hooks/post-wake.d", "busy"] {
             fs::create_dir_all(self.dir.join(dir))?;
         }
-        config.map_or(Ok(()), |config| fs::write(self.dir.join("config.json"), config))
+        config.map_or(Ok(()), |config| fs::write(self.dir.join("config.json"), without_drives(config)))
     }
 
     /// The thread that starts the agent must outlive it: the kernel kills the agent when that thread ends.
@@ -303,4 +303,13 @@ impl Console {
             None => std::io::stdout().write_all(text.as_bytes()),
         };
     }
+}
+
+/// The configuration of a guest that has no drives to mount: the agent is a process, and its drives are the files of another one.
+fn without_drives(config: &[u8]) -> Vec<u8> {
+    let Ok(mut value) = serde_json::from_slice::<serde_json::Value>(config) else { return config.to_vec() };
+    if let Some(requires) = value.get_mut("requires").and_then(serde_json::Value::as_object_mut) {
+        requires.values_mut().for_each(|required| *required = false.into());
+    }
+    value.to_string().into_bytes()
 }

@@ -21,8 +21,8 @@ use rustix::thread::{UnshareFlags, set_no_new_privs, unshare_unsafe};
 
 use crate::vmm::{DriveAccess, VmmError};
 
-/// What the jail takes besides its files: directories, devices, the jailer's own.
-const SLACK: u64 = 4 << 20;
+/// What the jail may take besides its files: directories, devices, the jailer's own. A limit, no use.
+const SLACK: u64 = 16 << 20;
 
 /// Something in the jail.
 pub(super) struct Entry {
