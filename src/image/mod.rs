@@ -13,7 +13,7 @@ mod agent_binary;
 pub mod builder;
 pub mod builtin;
 mod error;
-mod initramfs;
+pub mod initramfs;
 pub mod kernel;
 mod manifest;
 mod modules;

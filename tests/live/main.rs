@@ -2,6 +2,8 @@
 
 mod builder;
 mod crash;
+mod drivers;
+mod firecracker;
 mod fleet;
 mod full_disk;
 mod guest;

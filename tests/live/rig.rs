@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::Value;
 
+use crate::firecracker;
 use crate::wire::run;
 
 /// How long any command may take; a machine that boots guests in software takes seconds.
@@ -34,9 +35,21 @@ runtime_policy = { min_running_seconds = 0, min_warm_seconds = 0, drain_timeout_
 /// A document that takes everything away.
 pub const NOTHING: &str = "schema_version = 1\nprune_unknown_tenants = true\n";
 
+/// Which virtual machine monitor a host has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    /// Machines that are only written down.
+    Simulated,
+    /// QEMU in software.
+    Qemu,
+    /// Firecracker in its jail: the one that `MVM_TEST_FIRECRACKER` names, or else a stand-in that speaks its protocol.
+    Firecracker,
+}
+
 /// A host for one test.
 pub struct Rig {
     dir: tempfile::TempDir,
+    driver: Driver,
     mounts: Vec<String>,
     _slots: Vec<File>,
 }
@@ -56,6 +69,12 @@ pub fn on_a_host(guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
     on_a_host_with(images, guests, test);
 }
 
+/// As [`on_a_host`], with another virtual machine monitor.
+pub fn on_a_host_of(driver: Driver, guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
+    let images = images();
+    on_a_host_as(driver, images, guests, test);
+}
+
 /// As [`on_a_host`], for builds in microVMs.
 pub fn on_a_host_with_builder(guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
     let images = images();
@@ -64,6 +83,10 @@ pub fn on_a_host_with_builder(guests: usize, test: impl FnOnce(&Rig) + Send + 's
 }
 
 fn on_a_host_with(images: PathBuf, guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
+    on_a_host_as(Driver::Qemu, images, guests, test);
+}
+
+fn on_a_host_as(driver: Driver, images: PathBuf, guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
     let slots = take_slots(guests);
     let thread = std::thread::spawn(move || {
         // SAFETY: only namespaces of this one thread change; no file descriptor table or address space is shared anew.
@@ -71,10 +94,13 @@ fn on_a_host_with(images: PathBuf, guests: usize, test: impl FnOnce(&Rig) + Send
         run("mount", &["--make-rprivate", "/"]);
         run("ip", &["link", "set", "lo", "up"]);
         let dir = tempfile::Builder::new().prefix("mvm-live-").tempdir().unwrap();
-        let mut rig = Rig { dir, mounts: Vec::new(), _slots: slots };
+        let mut rig = Rig { dir, driver, mounts: Vec::new(), _slots: slots };
         rig.mounts = mounts();
         fs::create_dir(rig.state()).unwrap();
         run("cp", &["-al", images.to_str().unwrap(), rig.state().join("images").to_str().unwrap()]);
+        if driver == Driver::Firecracker {
+            firecracker::prepare(&rig);
+        }
         test(&rig);
     });
     if let Err(panic) = thread.join() {
@@ -141,6 +167,11 @@ impl Rig {
         let mut command = Command::new(program);
         command.args(args).env("MVM_STATE_DIR", self.state()).env("MVM_RUN_DIR", self.run_dir());
         command.env_remove("MVM_VMM").env_remove("MVM_ACCEL").env_remove(mvm::image::AGENT_VARIABLE);
+        match self.driver {
+            Driver::Simulated => drop(command.env("MVM_VMM", "simulated")),
+            Driver::Qemu => drop(command.env("MVM_VMM", "qemu")),
+            Driver::Firecracker => firecracker::choose(self, &mut command),
+        }
         // There is no binary cache here, and no build users; nix's own sandbox wants more namespaces than test machines give.
         command.env("NIX_CONFIG", "substituters =\nbuild-users-group =\nsandbox = false\n").env("MVM_BUILDER", "host");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -237,12 +268,42 @@ impl Rig {
         let node: Option<Value> = fs::read(self.state().join("node.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let Some(node) = node.and_then(|node| node["node_id"].as_str().map(str::to_owned)) else { return Vec::new() };
         let marker = format!("guest=mvm:{node}/");
+        // A jail's name tells nothing to people; what runs in this network namespace is this host's.
+        let here = fs::read_link("/proc/thread-self/ns/net").unwrap();
         let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
         let ours = |pid: &i32| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            line.split(|byte| *byte == 0).any(|arg| arg.starts_with(marker.as_bytes()))
+            let jailed = line.starts_with(b"/firecracker\0") && fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|net| net == here);
+            jailed || line.split(|byte| *byte == 0).any(|arg| arg.starts_with(marker.as_bytes()))
         };
         pids.filter(ours).collect()
+    }
+
+    /// Ends the virtual machine of an instance behind mvm's back.
+    pub fn crash(&self, at: &str) {
+        if self.driver != Driver::Simulated {
+            kill_process(Pid::from_raw(self.pid_of(at)).unwrap(), Signal::KILL).unwrap();
+            return;
+        }
+        let path = self.run_dir().join("simulated-vmm.json");
+        let mut world: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let machines = world["machines"].as_object_mut().expect("a simulation has machines");
+        machines.retain(|_, machine| machine["at"].as_str() != Some(at));
+        fs::write(&path, world.to_string()).unwrap();
+    }
+
+    /// The directory of an instance.
+    pub fn instance_dir(&self, at: &str) -> PathBuf {
+        let parts: Vec<&str> = at.split('/').collect();
+        self.state().join(format!("tenants/{}/pools/{}/instances/{}", parts[0], parts[1], parts[2]))
+    }
+
+    /// Makes the snapshot of an instance one of another instance.
+    pub fn swap_snapshot(&self, at: &str) {
+        let path = self.instance_dir(at).join("snapshot/manifest.json");
+        let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        manifest["instance"] = "acme/web/i-ffffffff".into();
+        fs::write(&path, manifest.to_string()).unwrap();
     }
 
     /// Waits for something that has to become true.
@@ -293,10 +354,10 @@ impl Rig {
         assert_eq!(mounts(), self.mounts, "mounts");
         let mut left: Vec<String> =
             fs::read_dir(self.state()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        left.retain(|name| !["node.json", ".node.json.tmp", "images", "audit", "secrets.key"].contains(&name.as_str()));
+        left.retain(|name| !["node.json", ".node.json.tmp", "images", "audit", "secrets.key", "simulated"].contains(&name.as_str()));
         left.retain(|name| name != "tenants" || fs::read_dir(self.state().join("tenants")).unwrap().next().is_some());
         assert_eq!(left, Vec::<String>::new(), "state");
-        for part in ["instances", "throwaway", "builders"] {
+        for part in ["instances", "throwaway", "builders", "jails"] {
             let left: Vec<_> = fs::read_dir(self.run_dir().join(part)).into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
             assert_eq!(left, Vec::<PathBuf>::new(), "run directories");
         }

@@ -105,7 +105,9 @@ fn pass(dir: &Path, selection: &Selection) -> Result<Figure, String> {
     let with = Fleet::build(&dir.join("with"), true)?;
     let without = Fleet::build(&dir.join("without"), false)?;
     let mut pairs = Pairs::default();
-    (with.pass()?, without.pass()?);
+    for fleet in [&with, &without] {
+        fleet.pass()?;
+    }
     for _ in 0..selection.rounds(60, 10) {
         pairs.round(|| with.pass(), || without.pass())?;
     }
