@@ -123,11 +123,11 @@ impl Vmm for Drivers {
     }
 
     fn boot(&self, spec: VmSpec) -> Result<VmHandle, VmmError> {
+        let mut driver = self.choose(Some(&spec.kernel))?;
         // The kernel clears a process's wish to end with its parent when it changes its user, as a jailer does.
-        let driver: &dyn Vmm = match spec.lifetime {
-            Lifetime::WithCaller => &self.qemu,
-            Lifetime::Detached => self.choose(Some(&spec.kernel))?,
-        };
+        if spec.lifetime == Lifetime::WithCaller && !driver.kind().capabilities().ends_with_caller {
+            driver = &self.qemu;
+        }
         driver.prepare(&spec.kernel)?;
         self.check(driver)?;
         driver.boot(spec)

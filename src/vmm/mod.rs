@@ -10,6 +10,7 @@
 //! A driver does not know of desired state, quotas or documents. It starts processes and names them by
 //! [`ProcessIdentity`]; the caller records them.
 
+pub mod capabilities;
 pub mod drivers;
 mod facts;
 mod files;
