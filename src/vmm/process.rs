@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Child;
+use std::process::{Child, ExitStatus};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -132,7 +132,10 @@ fn has_option(command_line: &[u8], option: &str, value: &str) -> bool {
 
 /// The VMMs that this process started itself and that stay zombies until it takes note of their end.
 #[derive(Debug, Default)]
-pub(super) struct Children(Mutex<Vec<Child>>);
+pub(super) struct Children(Mutex<Vec<Child>>, Mutex<Vec<(i32, ExitStatus)>>);
+
+/// How many ends are remembered until somebody asks.
+const MOST_ENDS: usize = 256;
 
 impl Children {
     pub(super) fn add(&self, child: Child) {
@@ -141,7 +144,25 @@ impl Children {
 
     /// Takes note of those that ended.
     pub(super) fn reap(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        let mut ends = self.1.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain_mut(|child| match child.try_wait() {
+            Ok(None) => true,
+            Ok(Some(status)) => {
+                ends.push((pid_of(child), status));
+                false
+            }
+            Err(_) => false,
+        });
+        let most = ends.len().saturating_sub(MOST_ENDS);
+        ends.drain(..most);
+    }
+
+    /// How one of them ended, once.
+    pub(super) fn end_of(&self, pid: i32) -> Option<ExitStatus> {
+        self.reap();
+        let mut ends = self.1.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = ends.iter().position(|(other, _)| *other == pid)?;
+        Some(ends.remove(at).1)
     }
 }
 

@@ -282,7 +282,10 @@ impl Rig {
     /// Ends the virtual machine of an instance behind mvm's back.
     pub fn crash(&self, at: &str) {
         if self.driver != Driver::Simulated {
-            kill_process(Pid::from_raw(self.pid_of(at)).unwrap(), Signal::KILL).unwrap();
+            let pid = self.pid_of(at);
+            kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+            // The kernel takes its time over a machine's memory.
+            self.eventually("it is dead", Duration::from_secs(10), || mvm::infra::process::ProcessIdentity::of(pid).is_none());
             return;
         }
         let path = self.run_dir().join("simulated-vmm.json");

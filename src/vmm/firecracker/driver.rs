@@ -342,11 +342,17 @@ impl Firecracker {
         }
         match (gone, error.kind) {
             (true, ApiErrorKind::Closed | ApiErrorKind::Ended) => {
-                let why = reason(&log_text(&vm.run_dir.join(args::HOST_DIR_NAME))).unwrap_or_else(|| "Firecracker ended".into());
-                VmmError::Failed { what, why: format!("{}: {why}", error.request) }
+                let said = self.last_words(vm).unwrap_or_else(|| "Firecracker ended".into());
+                VmmError::Failed { what, why: format!("{}: {said}", error.request) }
             }
             (_, kind) => api_error(what, ApiError { request: error.request, kind }),
         }
+    }
+
+    /// Why a machine is gone: what it ended with, if this process started it, or else what it said last.
+    fn last_words(&self, vm: &VmHandle) -> Option<String> {
+        let by_end = self.children.end_of(vm.process.pid).and_then(|status| reason_of_end(&status));
+        by_end.or_else(|| reason(&log_text(&vm.run_dir.join(args::HOST_DIR_NAME))))
     }
 
     /// Connects to a machine that runs, and finds its phase; the descriptor is what is connected to again when Firecracker hangs up.
@@ -548,7 +554,7 @@ impl Vmm for Firecracker {
     }
 
     fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {
-        reason(&log_text(&vm.run_dir.join(args::HOST_DIR_NAME))).or_else(|| reason(&process::log_tail(vmm_log)))
+        self.last_words(vm).or_else(|| reason(&process::log_tail(vmm_log)))
     }
 
     fn take_timeline(&self) -> Vec<VmmCall> {
@@ -618,6 +624,20 @@ fn log_text(host_dir: &Path) -> String {
     }
 }
 
+/// What Firecracker's end means (`FcExitCode` of Firecracker); its log may be too late for it.
+fn reason_of_end(status: &ExitStatus) -> Option<String> {
+    let filter = "its system call filter ended it; a release of Firecracker has filters that fit it (--firecracker-args --no-seccomp turns \
+                  them off in a development build)";
+    Some(match (status.code(), status.signal()) {
+        (Some(148), _) | (_, Some(libc::SIGSYS)) => filter.into(),
+        (Some(151), _) => "it wrote more into a file than it may".into(),
+        (Some(149 | 150 | 154..=156), _) => format!("it was ended by a signal of its own, exit code {}", status.code().unwrap_or(-1)),
+        (_, Some(libc::SIGKILL)) => "it was killed".into(),
+        (_, Some(signal)) => format!("it was ended by signal {signal}"),
+        _ => return None,
+    })
+}
+
 /// What Firecracker's last words mean.
 fn reason(log: &str) -> Option<String> {
     if let Some(rest) = log.split("intercepting a bad syscall (").nth(1) {
@@ -635,6 +655,9 @@ fn reason(log: &str) -> Option<String> {
 
 /// Why a Firecracker ended before it listened.
 fn words(status: Option<ExitStatus>, host_dir: &Path, vmm_log: &Path) -> String {
+    if let Some(why) = status.as_ref().and_then(reason_of_end) {
+        return why;
+    }
     let said = reason(&log_text(host_dir)).unwrap_or_else(|| process::log_tail(vmm_log));
     match status {
         Some(status) if let Some(signal) = status.signal() => format!("it was ended by signal {signal}: {said}"),
@@ -655,6 +678,16 @@ fn stamp(installed: &Installed) -> VmmStamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ends_are_understood() {
+        let said = |raw: i32| reason_of_end(&ExitStatus::from_raw(raw));
+        assert!(said(148 << 8).unwrap().contains("system call filter"));
+        assert!(said(libc::SIGSYS).unwrap().contains("system call filter"));
+        assert_eq!(said(libc::SIGKILL).as_deref(), Some("it was killed"));
+        assert!(said(151 << 8).unwrap().contains("more into a file"));
+        assert_eq!((said(0), said(1 << 8)), (None, None));
+    }
 
     #[test]
     fn last_words_are_understood() {
