@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::build::{Profile, all};
+use crate::build::{Profile, all, fake_firecracker};
 use crate::options::Measure;
 use crate::phase::phase;
 use crate::setup;
@@ -21,7 +21,8 @@ pub fn run(measure: &Measure) -> Result<(), String> {
     })?;
     phase("build", || {
         all(Profile::Release)?;
-        succeed(&mut cargo(["build", "--release", "--package", "mvm-bench"]))
+        fake_firecracker(Profile::Release)?;
+        succeed(&mut cargo(["build", "--release", "--package", "mvm-bench", "--package", "mvm-fake-firecracker"]))
     })?;
     phase("measure", || succeed(Command::new(program).args(arguments(measure))))
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::figure::{Figure, Run};
 use crate::machine::Machine;
 use crate::outside::FIGURES;
-use crate::{Selection, live, manifests, simulated};
+use crate::{Selection, jailed, live, manifests, simulated};
 
 /// Measures what is wanted and writes the figures into the directory.
 pub fn run(dir: &Path, selection: &Selection) -> Result<(), String> {
@@ -14,6 +14,7 @@ pub fn run(dir: &Path, selection: &Selection) -> Result<(), String> {
     let mut figures: Vec<Figure> = Vec::new();
     figures.extend(simulated::measure(&dir.join("simulated"), selection)?);
     figures.extend(manifests::measure(&dir.join("manifests"), selection)?);
+    figures.extend(jailed::measure(&dir.join("firecracker"), selection)?);
     let (measured, acceleration) = live::measure(&dir.join("live"), selection)?;
     figures.extend(measured);
     machine.acceleration = acceleration;

@@ -12,6 +12,7 @@
 mod bare;
 mod figure;
 mod inside;
+mod jailed;
 mod live;
 mod machine;
 mod manifests;
