@@ -25,6 +25,8 @@ pub struct Capabilities {
     pub cpu_templates: bool,
     /// Whether guest memory can be made of huge pages.
     pub huge_pages: bool,
+    /// Whether what drives and interfaces move is bounded by choice.
+    pub rate_limits: bool,
     /// Whether the calls of a start are shown by `--timings`.
     pub timings: bool,
 }
@@ -46,6 +48,7 @@ impl VmmKind {
                 guest_channel: "vsock",
                 cpu_templates: true,
                 huge_pages: true,
+                rate_limits: true,
                 timings: true,
             },
             VmmKind::Qemu => Capabilities {
@@ -58,6 +61,7 @@ impl VmmKind {
                 guest_channel: "virtio-serial",
                 cpu_templates: false,
                 huge_pages: false,
+                rate_limits: false,
                 timings: false,
             },
             VmmKind::Simulated => Capabilities {
@@ -70,6 +74,7 @@ impl VmmKind {
                 guest_channel: "in the simulation",
                 cpu_templates: false,
                 huge_pages: false,
+                rate_limits: false,
                 timings: false,
             },
         }
@@ -79,7 +84,7 @@ impl VmmKind {
 /// Writes the drivers and what they can do as a table in Markdown.
 pub fn table() -> String {
     type Show = fn(&Capabilities) -> String;
-    let rows: [(&str, Show); 10] = [
+    let rows: [(&str, Show); 11] = [
         ("between guest and host", |one| one.boundary.to_owned()),
         ("runs guests without usable KVM", |one| yes_or_no(one.runs_without_kvm)),
         ("a machine can end with its caller (`mvm run`, builds)", |one| yes_or_no(one.ends_with_caller)),
@@ -89,6 +94,7 @@ pub fn table() -> String {
         ("way to the guest agent", |one| one.guest_channel.to_owned()),
         ("`--cpu-template`", |one| yes_or_no(one.cpu_templates)),
         ("`--huge-pages`", |one| yes_or_no(one.huge_pages)),
+        ("`--drive-mib-per-second`, `--net-mbit-per-second`", |one| yes_or_no(one.rate_limits)),
         ("`--timings`", |one| yes_or_no(one.timings)),
     ];
     let mut text = String::from("| |");

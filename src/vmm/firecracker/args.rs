@@ -41,6 +41,43 @@ pub(super) fn jail_id(node: &NodeId, at: &InstanceAddress) -> String {
     format!("mvm-{}", &blake3::hash(format!("{node}/{at}").as_bytes()).to_hex()[..40])
 }
 
+/// What a guest may say on its console in a second, in bytes: what a serial line of 115,200 baud carries. What is beyond is lost.
+const CONSOLE_BYTES_PER_SECOND: u64 = 11_520;
+/// What it may say besides at once, as when it boots.
+const CONSOLE_BURST: u64 = 1 << 20;
+
+/// The oldest Firecracker that bounds a console.
+const BOUNDS_CONSOLES: (u32, u32, u32) = (1, 16, 0);
+
+/// What each guest's devices may move in a second.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Of each drive, in MiB.
+    pub drive_mib: Option<u32>,
+    /// Of the network interface in each direction, in Mbit (10^6 bits).
+    pub net_mbit: Option<u32>,
+}
+
+impl Rates {
+    fn limiter(bytes_per_second: Option<u64>) -> Option<fc::RateLimiter> {
+        // A bucket that holds a tenth of a second, filled ten times a second: smooth, and no large packet is too large for it.
+        let bucket = |rate: u64| fc::TokenBucket {
+            size: (rate / 10).max(1 << 16),
+            refill_time: 100.max((1 << 16) * 1000 / rate.max(1)),
+            one_time_burst: None,
+        };
+        bytes_per_second.map(|rate| fc::RateLimiter { bandwidth: Some(bucket(rate)), ops: None })
+    }
+
+    fn drive(self) -> Option<fc::RateLimiter> {
+        Self::limiter(self.drive_mib.map(|mib| u64::from(mib) << 20))
+    }
+
+    fn net(self) -> Option<fc::RateLimiter> {
+        Self::limiter(self.net_mbit.map(|mbit| u64::from(mbit) * 125_000))
+    }
+}
+
 /// What a jailed Firecracker may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Limits {
@@ -83,14 +120,17 @@ pub(super) struct Machine<'a> {
     pub cid: u32,
     pub cpu_template: Option<fc::CpuTemplate>,
     pub huge_pages: fc::HugePages,
+    pub rates: Rates,
+    pub version: (u32, u32, u32),
 }
 
 fn id(name: &str) -> Result<fc::ResourceId, String> {
     fc::ResourceId::try_from(name).map_err(|error| error.to_string())
 }
 
-/// Where Firecracker writes to.
-pub(super) fn outputs() -> fc::Outputs {
+/// Where a Firecracker of this version writes to, and how much.
+pub(super) fn outputs(version: (u32, u32, u32)) -> fc::Outputs {
+    let bucket = fc::TokenBucket { size: CONSOLE_BYTES_PER_SECOND, refill_time: 1000, one_time_burst: Some(CONSOLE_BURST) };
     fc::Outputs {
         logger: Some(fc::Logger {
             log_path: Some(format!("{HOST_DIR}/{LOG}")),
@@ -101,7 +141,7 @@ pub(super) fn outputs() -> fc::Outputs {
         }),
         metrics: Some(fc::Metrics { metrics_path: format!("{HOST_DIR}/{METRICS}"), emit_id: None, properties: None }),
         // The console is what Firecracker inherits as standard output, which is opened for appending.
-        serial: None,
+        serial: (version >= BOUNDS_CONSOLES).then_some(fc::SerialDevice { serial_out_path: None, rate_limiter: Some(bucket) }),
     }
 }
 
@@ -119,7 +159,7 @@ pub(super) fn boot(machine: &Machine<'_>) -> Result<fc::Boot, String> {
             partuuid: None,
             cache_type: (!read_only).then_some(fc::CacheType::Writeback),
             io_engine: None,
-            rate_limiter: None,
+            rate_limiter: machine.rates.drive(),
         })
     });
     let nic = machine.nic.map(|(tap, mac)| {
@@ -128,12 +168,12 @@ pub(super) fn boot(machine: &Machine<'_>) -> Result<fc::Boot, String> {
             host_dev_name: tap.to_owned(),
             guest_mac: Some(mac.map(|byte| format!("{byte:02x}")).join(":")),
             mtu: None,
-            rx_rate_limiter: None,
-            tx_rate_limiter: None,
+            rx_rate_limiter: machine.rates.net(),
+            tx_rate_limiter: machine.rates.net(),
         })
     });
     Ok(fc::Boot {
-        outputs: outputs(),
+        outputs: outputs(machine.version),
         machine_config: fc::MachineConfiguration {
             vcpu_count: fc::VcpuCount::try_from(u32::from(machine.vcpus)).map_err(|error| error.to_string())?,
             mem_size_mib: machine.mem_mib,
@@ -232,11 +272,24 @@ mod tests {
             cid: 7,
             cpu_template: None,
             huge_pages: fc::HugePages::None,
+            rates: Rates { drive_mib: Some(50), net_mbit: Some(100) },
+            version: (1, 17, 0),
         };
         let boot = boot(&machine).unwrap();
         let drives: Vec<_> = boot.drives.iter().map(|one| (one.path_on_host.as_str(), one.is_root_device, one.is_read_only)).collect();
         assert_eq!(drives, [("/drives/root", true, true), ("/drives/data", false, false)]);
         assert_eq!(boot.network_interfaces[0].guest_mac.as_deref(), Some("02:00:0a:f0:07:03"));
+        // In bytes, and milliseconds: 50 MiB and 12.5 MB a second.
+        let rate = |limiter: &Option<fc::RateLimiter>| {
+            let bucket = limiter.as_ref().unwrap().bandwidth.as_ref().unwrap();
+            (bucket.size, bucket.refill_time)
+        };
+        assert_eq!(rate(&boot.drives[1].rate_limiter), (5 << 20, 100));
+        assert_eq!(rate(&boot.network_interfaces[0].tx_rate_limiter), (1_250_000, 100));
+        assert!(boot.outputs.serial.is_some() && outputs((1, 15, 0)).serial.is_none(), "an older one does not know it");
+        let slow = Rates { drive_mib: None, net_mbit: Some(1) };
+        let bucket = slow.net().unwrap().bandwidth.unwrap();
+        assert!(bucket.size >= 65_536 && bucket.size * 1000 / bucket.refill_time <= 125_100, "{bucket:?}");
         assert!(super::boot(&Machine { cid: 2, ..machine }).is_err(), "CID 2 is the host's");
     }
 }

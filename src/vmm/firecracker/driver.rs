@@ -18,7 +18,7 @@ use mvm_types::{InstanceAddress, InstanceId, NodeId};
 use rustix::fs::{Gid, Uid, fchown};
 use rustix::process::Pid;
 
-use super::args::{self, Limits, Machine};
+use super::args::{self, Limits, Machine, Rates};
 use super::jail::{self, Entry, Launch};
 use super::snapshot::{Scratch, guard, merge};
 use super::versions::{self, Installed, Verdict};
@@ -66,6 +66,8 @@ pub struct FirecrackerOptions {
     pub cpu_template: Option<CpuTemplate>,
     /// The pages that guest memory is made of.
     pub huge_pages: HugePages,
+    /// What guests' devices may move.
+    pub rates: Rates,
     /// Arguments of guests' kernels before those of their images.
     pub kernel_args: Vec<String>,
     /// Arguments of Firecracker's own, for one that was built without its system call filters.
@@ -200,6 +202,8 @@ impl Firecracker {
             cid: spec.uid.unwrap_or(3),
             cpu_template: self.options.cpu_template,
             huge_pages: self.options.huge_pages,
+            rates: self.options.rates,
+            version: installed.numbers(),
         })
         .map_err(|why| VmmError::Failed { what, why })?;
         let Started { vm, api, jail, tap, _socket } = self.start(installed, spec, From::Kernel)?;
@@ -513,7 +517,7 @@ impl Vmm for Firecracker {
             renewed.map(|one| args::changed_drive(one.name)).collect::<Result<_, _>>().map_err(|why| VmmError::Failed { what, why })?;
         let tracked = spec.run_dir.join(TRACKED);
         let Started { vm, api, jail, tap, _socket } = self.start(&installed, spec, From::Snapshot { dir })?;
-        let mut api = match api.load_snapshot(&args::outputs(), &load) {
+        let mut api = match api.load_snapshot(&args::outputs(installed.numbers()), &load) {
             Ok(api) => api,
             Err(failed) => return Err(self.give_up(what, &vm, failed.error)),
         };

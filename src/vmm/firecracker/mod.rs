@@ -25,6 +25,6 @@ mod jail;
 mod snapshot;
 mod versions;
 
-pub use args::VSOCK_SOCKET;
+pub use args::{Rates, VSOCK_SOCKET};
 pub use driver::{Firecracker, FirecrackerOptions};
 pub use versions::{Installed, MINIMUM, VERSIONS_DIR, Verdict, install};

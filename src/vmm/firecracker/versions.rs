@@ -68,7 +68,7 @@ impl Installed {
     }
 
     /// Its version as numbers.
-    fn numbers(&self) -> (u32, u32, u32) {
+    pub(super) fn numbers(&self) -> (u32, u32, u32) {
         numbers(&self.version).unwrap_or_default()
     }
 }
