@@ -11,6 +11,6 @@ pub struct SerialChannel;
 
 impl GuestChannel for SerialChannel {
     fn control(&self, vm: &VmHandle, deadline: Instant) -> Result<Box<dyn GuestControl>, GuestError> {
-        Ok(Box::new(GuestClient::connect(&vm.run_dir, Purpose::Lifecycle, deadline)?))
+        Ok(Box::new(GuestClient::connect_while(&vm.run_dir, Purpose::Lifecycle, deadline, &|| vm.process.is_alive())?))
     }
 }

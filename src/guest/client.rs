@@ -60,7 +60,20 @@ impl GuestClient {
     /// # Errors
     /// When the agent does not answer in time.
     pub fn connect(run_dir: &Path, purpose: Purpose, deadline: Instant) -> Result<GuestClient, GuestError> {
-        let line = line::open(run_dir, purpose, deadline)?;
+        Self::connect_while(run_dir, purpose, deadline, &|| true)
+    }
+
+    /// As [`Self::connect`], but no longer than there is a machine for it.
+    ///
+    /// # Errors
+    /// When the agent does not answer in time, or the machine ends.
+    pub fn connect_while(
+        run_dir: &Path,
+        purpose: Purpose,
+        deadline: Instant,
+        machine_is_there: &dyn Fn() -> bool,
+    ) -> Result<GuestClient, GuestError> {
+        let line = line::open(run_dir, purpose, deadline, machine_is_there)?;
         let io = |what: &str| {
             let what = what.to_owned();
             move |source| GuestError::Io { what, source }

@@ -14,9 +14,8 @@ use std::time::{Duration, Instant};
 use mvm_guest_api::handshake::{Nonce, Reply, await_ok};
 use mvm_guest_api::{PORT_COUNT, VSOCK_PORT};
 
-use rustix::fs::{FileType, Mode, OFlags};
-
 use super::GuestError;
+use crate::vmm::files::open_socket;
 use crate::vmm::firecracker::VSOCK_SOCKET;
 
 /// What a line is wanted for.
@@ -50,19 +49,32 @@ pub(super) struct Line {
     pub lock: File,
 }
 
-/// Opens a line, trying until the deadline.
+/// Why a line is not open.
+enum Miss {
+    /// It may be later.
+    NotYet(String),
+    /// What is there is not what it should be.
+    Never(String),
+}
+
+/// Opens a line, trying until the deadline, and as long as there is a machine behind it.
 ///
 /// While a guest boots, QEMU keeps what is written until the agent opens its port, so the answer comes as soon as there
 /// is someone to give it.
-pub(super) fn open(run_dir: &Path, purpose: Purpose, deadline: Instant) -> Result<Line, GuestError> {
+pub(super) fn open(run_dir: &Path, purpose: Purpose, deadline: Instant, machine_is_there: &dyn Fn() -> bool) -> Result<Line, GuestError> {
     let (number, lock) = take_lock(run_dir, purpose, deadline)?;
     let (port, vsock) = (run_dir.join(format!("agent.{number}.sock")), run_dir.join(VSOCK_SOCKET));
     loop {
-        let opened = if port.symlink_metadata().is_ok() { over_port(&port, deadline) } else { over_vsock(&vsock, deadline) };
+        let opened =
+            if port.symlink_metadata().is_ok() { over_port(&port, deadline).map_err(Miss::NotYet) } else { over_vsock(&vsock, deadline) };
         let why = match opened {
             Ok(stream) => return Ok(Line { stream, lock }),
-            Err(why) => why,
+            Err(Miss::NotYet(why)) => why,
+            Err(Miss::Never(why)) => return Err(GuestError::Unreachable { why }),
         };
+        if !machine_is_there() {
+            return Err(GuestError::Unreachable { why: "its virtual machine ended".into() });
+        }
         if Instant::now() + PAUSE >= deadline {
             return Err(GuestError::Unreachable { why });
         }
@@ -78,9 +90,17 @@ fn over_port(path: &Path, deadline: Instant) -> Result<UnixStream, String> {
 
 /// Connects to the agent's port through Firecracker's socket (docs/vsock.md of Firecracker): `CONNECT port`, in one write, is answered
 /// with `OK` and the host's port, or by hanging up where nobody listens; a guest that has not come that far does not answer at all.
-fn over_vsock(path: &Path, deadline: Instant) -> Result<UnixStream, String> {
-    let said = |error: io::Error| format!("{}: {error}", path.display());
-    let mut stream = connect_in_place(path).map_err(said)?;
+fn over_vsock(path: &Path, deadline: Instant) -> Result<UnixStream, Miss> {
+    let stream = connect_in_place(path).map_err(|error| {
+        let why = format!("{}: {error}", path.display());
+        let is_of_another = matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::NotADirectory);
+        if is_of_another { Miss::Never(why) } else { Miss::NotYet(why) }
+    })?;
+    ask_for_agent(stream, deadline).map_err(|why| Miss::NotYet(format!("{}: {why}", path.display())))
+}
+
+fn ask_for_agent(mut stream: UnixStream, deadline: Instant) -> Result<UnixStream, String> {
+    let said = |error: io::Error| error.to_string();
     let left = deadline.saturating_duration_since(Instant::now()).min(VSOCK_PATIENCE);
     stream.set_write_timeout(Some(left.max(PAUSE))).map_err(said)?;
     stream.set_read_timeout(Some(left.max(PAUSE))).map_err(said)?;
@@ -111,13 +131,8 @@ fn over_vsock(path: &Path, deadline: Instant) -> Result<UnixStream, String> {
 
 /// Connects to a socket, and to nothing that a link in its place or its directory's leads to: the directory is the VMM's.
 fn connect_in_place(path: &Path) -> io::Result<UnixStream> {
-    let (directory, name) = (path.parent().unwrap_or(Path::new("/")), path.file_name().unwrap_or_default());
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(directory, flags | OFlags::DIRECTORY, Mode::empty())?;
-    let socket = rustix::fs::openat(&directory, name, flags, Mode::empty())?;
-    if FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode) != FileType::Socket {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no socket"));
-    }
+    let (directory, name) = (path.parent().unwrap_or(Path::new("/")), path.file_name().and_then(|name| name.to_str()).unwrap_or_default());
+    let socket = open_socket(directory, name)?;
     UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
 }
 
@@ -226,7 +241,7 @@ mod tests {
             stream
         });
         let deadline = Instant::now() + Duration::from_secs(10);
-        let line = open(dir.path(), Purpose::Lifecycle, deadline).unwrap();
+        let line = open(dir.path(), Purpose::Lifecycle, deadline, &|| true).unwrap();
         drop(agent.join().unwrap());
         drop(line);
     }
@@ -247,7 +262,7 @@ mod tests {
     fn nobody_there_is_an_error_in_time() {
         let dir = tempfile::tempdir().unwrap();
         let began = Instant::now();
-        let error = open(dir.path(), Purpose::Lifecycle, began + Duration::from_millis(50)).unwrap_err();
+        let error = open(dir.path(), Purpose::Lifecycle, began + Duration::from_millis(50), &|| true).unwrap_err();
         assert!(error.to_string().starts_with("the guest agent cannot be reached"), "{error}");
         assert!(began.elapsed() < Duration::from_secs(5));
     }

@@ -13,7 +13,7 @@
 pub mod capabilities;
 pub mod drivers;
 mod facts;
-mod files;
+pub(crate) mod files;
 pub mod firecracker;
 mod process;
 pub mod qemu;
@@ -308,7 +308,7 @@ pub enum VmmError {
     #[error("{what}: no answer within {after_ms} ms")]
     Timeout {
         /// What was being done.
-        what: &'static str,
+        what: String,
         /// How long was waited, in milliseconds.
         after_ms: u64,
     },

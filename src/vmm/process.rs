@@ -71,7 +71,7 @@ pub(super) fn kill(process: &ProcessIdentity) -> Result<(), VmmError> {
     match wait(&pidfd, KILL_TIMEOUT).map_err(io("wait for"))? {
         Liveness::Gone => Ok(()),
         Liveness::Alive => Err(VmmError::Timeout {
-            what: "cannot kill the VMM process",
+            what: "cannot kill the VMM process".into(),
             after_ms: u64::try_from(KILL_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
         }),
     }

@@ -35,8 +35,13 @@ pub fn prepare(rig: &Rig) {
         _ => {}
     }
     if !is_real() {
-        stand_in(rig, &json!({ "kernel": "any" }));
+        stand_in(rig, &healthy());
     }
+}
+
+/// The script of a stand-in that behaves.
+pub fn healthy() -> Value {
+    json!({ "kernel": "any" })
 }
 
 /// Has a command use it.
@@ -48,6 +53,15 @@ pub fn choose(rig: &Rig, command: &mut Command) {
         for (from, to) in [(REAL_ARGS, "MVM_FIRECRACKER_ARGS"), (KERNEL_ARGS, "MVM_KERNEL_ARGS")] {
             command.env(to, std::env::var_os(from).unwrap_or_default());
         }
+    }
+}
+
+/// Has a command use the stand-in.
+pub fn choose_stand_in(rig: &Rig, command: &mut Command) {
+    command.env("MVM_VMM", "firecracker").env("MVM_FIRECRACKER", rig.path("firecracker/firecracker"));
+    command.env("MVM_FIRECRACKER_DIR", rig.path("versions"));
+    for name in ["MVM_FIRECRACKER_ARGS", "MVM_KERNEL_ARGS", "MVM_PRODUCTION", "MVM_ALLOW_OLD_FIRECRACKER"] {
+        command.env_remove(name);
     }
 }
 

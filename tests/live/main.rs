@@ -9,6 +9,7 @@ mod full_disk;
 mod guest;
 mod image;
 mod isolation;
+mod jail;
 mod network;
 mod nix;
 mod qemu;

@@ -44,6 +44,8 @@ pub enum Driver {
     Qemu,
     /// Firecracker in its jail: the one that `MVM_TEST_FIRECRACKER` names, or else a stand-in that speaks its protocol.
     Firecracker,
+    /// The stand-in, whatever the environment names: for what a real Firecracker cannot be told to do.
+    StandIn,
 }
 
 /// A host for one test.
@@ -98,8 +100,10 @@ fn on_a_host_as(driver: Driver, images: PathBuf, guests: usize, test: impl FnOnc
         rig.mounts = mounts();
         fs::create_dir(rig.state()).unwrap();
         run("cp", &["-al", images.to_str().unwrap(), rig.state().join("images").to_str().unwrap()]);
-        if driver == Driver::Firecracker {
-            firecracker::prepare(&rig);
+        match driver {
+            Driver::Firecracker => firecracker::prepare(&rig),
+            Driver::StandIn => firecracker::stand_in(&rig, &firecracker::healthy()),
+            Driver::Simulated | Driver::Qemu => {}
         }
         test(&rig);
     });
@@ -171,6 +175,7 @@ impl Rig {
             Driver::Simulated => drop(command.env("MVM_VMM", "simulated")),
             Driver::Qemu => drop(command.env("MVM_VMM", "qemu")),
             Driver::Firecracker => firecracker::choose(self, &mut command),
+            Driver::StandIn => firecracker::choose_stand_in(self, &mut command),
         }
         // There is no binary cache here, and no build users; nix's own sandbox wants more namespaces than test machines give.
         command.env("NIX_CONFIG", "substituters =\nbuild-users-group =\nsandbox = false\n").env("MVM_BUILDER", "host");

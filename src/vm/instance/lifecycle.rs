@@ -500,19 +500,19 @@ impl Locked<'_> {
     fn sleep(&mut self) -> Result<(), LifecycleError> {
         let (vm, guest_boot) = self.vm()?;
         self.intend(StateName::Sleeping, TransitionStep::Undoable)?;
-        match self.snapshot(&vm) {
-            Ok(()) => {}
+        let snapshot = match self.snapshot(&vm) {
+            Ok(manifest) => Some(manifest.id()),
             Err(error) => return self.back_to_running(&vm, error),
-        }
+        };
         self.reached(TransitionStep::Saved)?;
         self.node.vmm().kill(&vm)?;
         self.node.host().remove_run_dir(&self.at.instance)?;
         let since = self.node.clock().now();
-        self.arrive(InstanceState::Sleeping { since, guest_boot })
+        self.arrive(InstanceState::Sleeping { since, guest_boot, snapshot })
     }
 
     /// Drains, prepares, pauses and writes the snapshot; the manifest last.
-    fn snapshot(&mut self, vm: &VmHandle) -> Result<(), LifecycleError> {
+    fn snapshot(&mut self, vm: &VmHandle) -> Result<SnapshotManifest, LifecycleError> {
         let vmm = self.node.vmm();
         if self.doc.state.name() == StateName::Warm {
             vmm.resume(vm)?;
@@ -536,7 +536,7 @@ impl Locked<'_> {
         };
         let manifest = SnapshotManifest::describe(&self.node.id, &self.doc, stamp, taken, &dir, vmm.snapshot_files())?;
         self.node.documents().write(&manifest_key(&self.at), &manifest)?;
-        Ok(())
+        Ok(manifest)
     }
 
     fn wake(&mut self, goal: StateName) -> Result<(), LifecycleError> {

@@ -13,7 +13,7 @@
 //! | Running or Warm, the machine is gone | Stopped |
 
 use super::lifecycle::Locked;
-use super::snapshot::manifest_key;
+use super::snapshot::{SnapshotManifest, manifest_key};
 use super::state::{InstanceState, StateName, StopReason, TransitionStep};
 use crate::infra::failure::Failure;
 use crate::vm::error::LifecycleError;
@@ -51,8 +51,10 @@ impl Locked<'_> {
                 self.kill_machines()?;
                 self.node.host().remove_run_dir(&self.at.instance)?;
                 let guest_boot = self.guest_boot();
+                let manifest: Option<SnapshotManifest> = self.node.documents().read(&manifest_key(&self.at))?;
+                let snapshot = manifest.map(|manifest| manifest.id());
                 let since = self.node.clock().now();
-                self.arrive(InstanceState::Sleeping { since, guest_boot })?;
+                self.arrive(InstanceState::Sleeping { since, guest_boot, snapshot })?;
                 Ok(Some("its sleep was finished"))
             }
             (_, TransitionStep::Resumed { vm }) => {

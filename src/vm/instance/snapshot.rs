@@ -3,7 +3,6 @@
 //! The manifest is written last and removed first: without it, files in a snapshot directory are no snapshot of anything.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -12,11 +11,13 @@ use mvm_types::{InstanceAddress, NodeId, RevisionId};
 use serde::{Deserialize, Serialize};
 
 use super::config::InstanceDoc;
+use super::state::InstanceState;
 use crate::infra::clock::Moment;
 use crate::store::Document;
 use crate::vm::keys;
 use crate::vm::pool::InstanceResources;
 use crate::vmm::VmmStamp;
+use crate::vmm::files::open_plain;
 
 /// `snapshot/manifest.json` below the instance's directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +81,16 @@ pub enum SnapshotError {
         was: String,
         /// Now.
         is: String,
+    },
+    /// It is not the one that the instance went to sleep with.
+    #[error(
+        "the snapshot of {instance} is not the one that it went to sleep with, but one of {taken}; `mvm instance stop` and `start` boot it afresh with its data disk"
+    )]
+    Older {
+        /// The instance.
+        instance: String,
+        /// When it was taken.
+        taken: String,
     },
     /// A file is not what was written.
     #[error(
@@ -156,10 +167,22 @@ impl SnapshotManifest {
             ("the acceleration", text(&self.stamp.acceleration), text(&stamp.acceleration)),
             ("the CPU model", self.stamp.cpu.clone(), stamp.cpu.clone()),
         ];
-        match conditions.into_iter().find(|(_, was, is)| was != is) {
-            None => Ok(()),
-            Some((what, was, is)) => Err(SnapshotError::Mismatch { instance: doc.at().to_string(), what, was, is }),
+        if let Some((what, was, is)) = conditions.into_iter().find(|(_, was, is)| was != is) {
+            return Err(SnapshotError::Mismatch { instance: doc.at().to_string(), what, was, is });
         }
+        match &doc.state {
+            // One from before: the guest ran on since then, and its disk with it.
+            InstanceState::Sleeping { snapshot: Some(last), .. } if *last != self.id() => {
+                Err(SnapshotError::Older { instance: doc.at().to_string(), taken: self.taken.to_rfc3339() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Names just this snapshot: whose it is, when it was taken, and what its files hold.
+    pub fn id(&self) -> String {
+        let all = serde_json::to_vec(&(&self.instance, &self.taken, &self.files)).unwrap_or_default();
+        blake3::hash(&all).to_hex()[..32].to_owned()
     }
 
     /// Checks that every file is what was written.
@@ -178,9 +201,9 @@ impl SnapshotManifest {
 
 const CHUNK: usize = 64 * 1024;
 
-/// Hashes a file, which may be sparse: holes are not read, and chunks of zeros count as holes.
+/// Hashes a file that has this name only, and which may be sparse: holes are not read, and chunks of zeros count as holes.
 pub fn hash_file(path: &Path) -> io::Result<FileHash> {
-    let file = File::open(path)?;
+    let file = open_plain(path, rustix::fs::OFlags::RDONLY)?;
     let len = file.metadata()?.len();
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0_u8; 1024 * 1024];
@@ -218,6 +241,7 @@ fn is_zero(chunk: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::io::{Seek, SeekFrom, Write};
 
     use super::*;

@@ -124,6 +124,9 @@ pub enum InstanceState {
         since: Moment,
         /// The guest kernel's boot id.
         guest_boot: String,
+        /// Which snapshot ([`super::SnapshotManifest::id`]); absent in documents from before there was a name for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        snapshot: Option<String>,
     },
     /// It ran before, and has neither process nor snapshot; its data disk is there.
     Stopped {

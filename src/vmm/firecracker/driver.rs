@@ -1,6 +1,6 @@
 //! The driver: the interface of [`crate::vmm`] over one jailed Firecracker per machine.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
@@ -15,7 +15,7 @@ use mvm_firecracker::{
 };
 use mvm_hostd::tap::KeptTap;
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
-use rustix::fs::{Gid, Uid, fchown};
+use rustix::fs::{Gid, OFlags, Uid, fchown};
 use rustix::process::Pid;
 
 use super::args::{self, Limits, Machine, Rates};
@@ -23,7 +23,7 @@ use super::jail::{self, Entry, Launch};
 use super::snapshot::{Scratch, guard, merge};
 use super::versions::{self, Installed, Verdict};
 use crate::infra::process::ProcessIdentity;
-use crate::vmm::files::{open_for_vmm, open_log};
+use crate::vmm::files::{open_directory, open_for_vmm, open_log, open_plain, open_plain_at, open_socket};
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
     Acceleration, Drive, DriveAccess, Lifetime, Liveness, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind,
@@ -78,10 +78,24 @@ pub struct FirecrackerOptions {
 #[derive(Debug)]
 pub struct Firecracker {
     options: FirecrackerOptions,
-    found: Mutex<Option<Vec<Installed>>>,
+    found: Mutex<Option<Looked>>,
     children: Children,
     timeline: Mutex<Vec<VmmCall>>,
 }
+
+/// What came of looking for Firecrackers.
+#[derive(Debug)]
+enum Looked {
+    Found(Vec<Installed>),
+    /// One that hangs is not asked again at each turn; one that was installed since then is found soon.
+    Nothing {
+        why: String,
+        at: Instant,
+    },
+}
+
+/// How long it is not looked again.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 /// What a machine is made from.
 enum From<'a> {
@@ -113,12 +127,23 @@ impl Firecracker {
     /// When there is none that can be used.
     pub fn installed(&self) -> Result<Vec<Installed>, VmmError> {
         let mut known = lock(&self.found);
-        if let Some(found) = &*known {
-            return Ok(found.clone());
+        let unusable = |why: String| VmmError::Unusable { vmm: "firecracker", why };
+        match &*known {
+            Some(Looked::Found(found)) => return Ok(found.clone()),
+            Some(Looked::Nothing { why, at }) if at.elapsed() < LOOK_AGAIN => return Err(unusable(why.clone())),
+            _ => {}
         }
         let FirecrackerOptions { binary, versions, allow_old, facts_file, .. } = &self.options;
-        let found = versions::find(binary.as_deref(), versions, *allow_old, facts_file)?;
-        Ok(known.insert(found).clone())
+        match versions::find(binary.as_deref(), versions, *allow_old, facts_file) {
+            Ok(found) => {
+                *known = Some(Looked::Found(found.clone()));
+                Ok(found)
+            }
+            Err(why) => {
+                *known = Some(Looked::Nothing { why: why.clone(), at: Instant::now() });
+                Err(unusable(why))
+            }
+        }
     }
 
     /// Tells whether guests boot here, trying it with a kernel where that is not known.
@@ -134,7 +159,9 @@ impl Firecracker {
             tracing::debug!(%error, "cannot remember whether Firecracker boots guests");
         }
         let mut known = lock(&self.found);
-        if let Some(one) = known.as_mut().and_then(|all| all.first_mut()) {
+        if let Some(Looked::Found(all)) = known.as_mut()
+            && let Some(one) = all.first_mut()
+        {
             one.verdict = verdict.clone();
         }
         Ok(verdict)
@@ -254,11 +281,10 @@ impl Firecracker {
                 }
             }
             From::Snapshot { dir } => {
+                let opened = open_directory(dir).map_err(io(format!("cannot open {}", dir.display())))?;
                 for (path, name) in [args::RESTORE_STATE, args::RESTORE_MEMORY].into_iter().zip(SNAPSHOT_FILES) {
-                    let place = dir.join(name);
-                    let open = io(format!("cannot open {}", place.display()));
-                    let file =
-                        OpenOptions::new().read(true).open(&place).and_then(|file| guard(&file, uid).map(|()| file)).map_err(open)?;
+                    let file = open_plain_at(&opened, name, OFlags::RDONLY).and_then(|file| guard(&file, uid).map(|()| file));
+                    let file = file.map_err(io(format!("cannot open {}", dir.join(name).display())))?;
                     entries.push(Entry::file(path, &file.into(), DriveAccess::ReadOnly)?);
                 }
             }
@@ -346,8 +372,8 @@ impl Firecracker {
         }
         match (gone, error.kind) {
             (true, ApiErrorKind::Closed | ApiErrorKind::Ended) => {
-                let said = self.last_words(vm).unwrap_or_else(|| "Firecracker ended".into());
-                VmmError::Failed { what, why: format!("{}: {said}", error.request) }
+                let words = self.last_words(vm).map_or_else(String::new, |words| format!(": {words}"));
+                VmmError::Failed { what, why: format!("{}: Firecracker ended{words}", error.request) }
             }
             (_, kind) => api_error(what, ApiError { request: error.request, kind }),
         }
@@ -365,7 +391,7 @@ impl Firecracker {
             return Err(VmmError::Gone { what });
         }
         let host_dir = vm.run_dir.join(args::HOST_DIR_NAME);
-        let socket = jail::open_socket(&host_dir, args::API_SOCKET)
+        let socket = open_socket(&host_dir, args::API_SOCKET)
             .map_err(|source| VmmError::Io { what: format!("{what}: {}", host_dir.join(args::API_SOCKET).display()), source })?;
         let api = Api::<Unknown>::attach(&by_descriptor(&socket), DEADLINES).map_err(|error| self.call_failed(what, vm, error))?;
         let found = api.find_phase().map_err(|failed| self.call_failed(what, vm, failed.error))?;
@@ -399,7 +425,7 @@ impl Firecracker {
         match kind {
             SnapshotType::Full => scratch.hand_over(args::MEMORY, &memory, dir, memory_name, uid)?,
             SnapshotType::Diff => {
-                let base = OpenOptions::new().read(true).write(true).open(dir.join(memory_name))?;
+                let base = open_plain(&dir.join(memory_name), OFlags::RDWR)?;
                 let merged = merge(&memory, &base)?;
                 tracing::debug!(pid = vm.process.pid, merged, "merged guest memory");
                 scratch.remove(args::MEMORY)?;
@@ -427,10 +453,9 @@ impl Firecracker {
         }
         api.create_snapshot(&args::create(kind)).map_err(|error| self.call_failed(what, vm, error))?;
         let kept = self.keep(vm, uid, &scratch, dir, kind);
-        for name in [args::STATE, args::MEMORY] {
-            scratch.remove(name).map_err(failed)?;
-        }
+        let removed = [args::STATE, args::MEMORY].map(|name| scratch.remove(name));
         kept.map_err(failed)?;
+        removed.into_iter().collect::<io::Result<()>>().map_err(failed)?;
         if kind == SnapshotType::Diff {
             File::create(&tracked).map_err(failed)?;
         }
@@ -594,7 +619,7 @@ fn wait_for_socket(host_dir: &Path, child: &mut Child) -> Result<Option<OwnedFd>
     let failed = |source| VmmError::Io { what: format!("cannot open {}", host_dir.join(args::API_SOCKET).display()), source };
     let deadline = Instant::now() + DEADLINES.connect;
     loop {
-        match jail::open_socket(host_dir, args::API_SOCKET) {
+        match open_socket(host_dir, args::API_SOCKET) {
             Ok(socket) => return Ok(Some(socket)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
@@ -604,7 +629,7 @@ fn wait_for_socket(host_dir: &Path, child: &mut Child) -> Result<Option<OwnedFd>
         }
         if Instant::now() >= deadline {
             let after_ms = u64::try_from(DEADLINES.connect.as_millis()).unwrap_or(u64::MAX);
-            return Err(VmmError::Timeout { what: "cannot reach Firecracker's API", after_ms });
+            return Err(VmmError::Timeout { what: "cannot reach Firecracker's API".into(), after_ms });
         }
         std::thread::sleep(NAP);
     }
@@ -612,7 +637,7 @@ fn wait_for_socket(host_dir: &Path, child: &mut Child) -> Result<Option<OwnedFd>
 
 fn api_error(what: &'static str, error: ApiError) -> VmmError {
     match error.kind {
-        ApiErrorKind::Timeout { after_ms } => VmmError::Timeout { what, after_ms },
+        ApiErrorKind::Timeout { after_ms } => VmmError::Timeout { what: format!("{what}: {}", error.request), after_ms },
         kind => VmmError::Failed { what, why: ApiError { request: error.request, kind }.to_string() },
     }
 }

@@ -5,7 +5,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change, mount_remount, move_mount, open_tree,
 };
-use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
+use rustix::process::{Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit, setsid, umask};
 use rustix::thread::{UnshareFlags, set_no_new_privs, unshare_unsafe};
 
 use crate::vmm::{DriveAccess, VmmError};
@@ -136,7 +136,13 @@ pub(super) fn launch(launch: Launch<'_>) -> io::Result<Child> {
     let owner = (Uid::from_raw(launch.uid), Gid::from_raw(launch.uid));
     let mut command = Command::new(launch.jailer);
     command.args(&launch.arguments).env_clear().current_dir("/").stdin(Stdio::null()).stdout(launch.console).stderr(launch.log);
+    let parent = getpid();
     let prepare = move || {
+        // Until it has another user, which ends this, and by then it can be found by its name (`find_stray`).
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        if getppid() != Some(parent) {
+            return Err(Errno::SRCH.into());
+        }
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
         for (resource, value) in [(Resource::Core, 0), (Resource::Nproc, 512)] {
@@ -205,17 +211,4 @@ fn directory(path: &Path, own: bool) -> io::Result<Step> {
 
 fn c_string(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
-}
-
-/// Opens a socket in a directory that somebody else may write to, and only a socket: what is returned names it whatever happens to its
-/// name, and is connected to through `/proc/self/fd`.
-pub(super) fn open_socket(directory: &Path, name: &str) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(directory, flags, Mode::empty())?;
-    let socket = rustix::fs::openat(directory.as_fd(), name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode);
-    if kind != rustix::fs::FileType::Socket {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{name} is no socket, but {kind:?}")));
-    }
-    Ok(socket)
 }

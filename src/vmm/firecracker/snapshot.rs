@@ -6,8 +6,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Gid, Mode, OFlags, SeekFrom, Uid, openat, renameat, seek, unlinkat};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, SeekFrom, Uid, renameat, seek, unlinkat};
 use rustix::io::Errno;
+
+use crate::vmm::files::{open_directory, open_plain_at};
 
 /// A directory that is somebody else's to write to, through which nothing else is reached.
 pub(super) struct Scratch(OwnedFd);
@@ -15,8 +17,7 @@ pub(super) struct Scratch(OwnedFd);
 impl Scratch {
     /// Opens it, itself and not what a link in its place leads to.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(Self(rustix::fs::open(path, flags, Mode::empty())?))
+        open_directory(path).map(Self)
     }
 
     /// Makes it for a user, with nothing in it; its parent is root's only.
@@ -46,15 +47,11 @@ impl Scratch {
 
     /// Opens a file that was written there, for reading: a regular one with one name, of its writer, and of a plausible length.
     pub(super) fn take(&self, name: &str, uid: u32, length: std::ops::RangeInclusive<u64>) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = File::from(openat(&self.0, name, flags, Mode::empty())?);
+        let file = open_plain_at(&self.0, name, OFlags::RDONLY)?;
         let meta = file.metadata()?;
         let wrong = |why: String| io::Error::new(io::ErrorKind::InvalidData, format!("{name} {why}"));
-        if !meta.is_file() {
-            return Err(wrong("is not a regular file".into()));
-        }
-        if meta.nlink() != 1 || meta.uid() != uid {
-            return Err(wrong(format!("has {} names and belongs to user {}, not {uid}", meta.nlink(), meta.uid())));
+        if meta.uid() != uid {
+            return Err(wrong(format!("belongs to user {}, not {uid}", meta.uid())));
         }
         if !length.contains(&meta.len()) {
             return Err(wrong(format!("has {} bytes, and between {} and {} are expected", meta.len(), length.start(), length.end())));

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::vmm::VmmError;
 use crate::vmm::facts::{self, Key, host_cpu};
 use crate::vmm::files::find_in_path;
 
@@ -78,8 +77,8 @@ impl Installed {
 /// What was found out earlier is in `remembered`, which is brought up to date.
 ///
 /// # Errors
-/// When there is none, or none that can be used: what is wrong with each.
-pub(super) fn find(configured: Option<&Path>, versions: &Path, allow_old: bool, remembered: &Path) -> Result<Vec<Installed>, VmmError> {
+/// A sentence, when there is none, or none that can be used: what is wrong with each.
+pub(super) fn find(configured: Option<&Path>, versions: &Path, allow_old: bool, remembered: &Path) -> Result<Vec<Installed>, String> {
     let known: Vec<Installed> = facts::read(remembered).unwrap_or_default();
     let mut wrong = Vec::new();
     let mut found: Vec<Installed> = Vec::new();
@@ -124,7 +123,7 @@ pub(super) fn find(configured: Option<&Path>, versions: &Path, allow_old: bool, 
             }
             false => wrong.join("; "),
         };
-        return Err(VmmError::Unusable { vmm: "firecracker", why });
+        return Err(why);
     }
     Ok(found)
 }
@@ -328,10 +327,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (versions, remembered) = (dir.path().join("versions"), dir.path().join("facts.json"));
         let find = |configured: Option<&Path>, allow_old| find(configured, &versions, allow_old, &remembered);
-        let why = find(None, false).unwrap_err().to_string();
+        let why = find(None, false).unwrap_err();
         assert!(why.contains("install-firecracker"), "{why}");
         program(&versions.join("1.9.1"), "firecracker", &says("1.9.1"));
-        let why = find(None, false).unwrap_err().to_string();
+        let why = find(None, false).unwrap_err();
         assert!(why.contains("is version 1.9.1, and 1.16.1 or later") && why.contains("--allow-old-firecracker"), "{why}");
         assert_eq!(find(None, true).unwrap()[0].version, "1.9.1");
         for version in ["1.16.1", "1.17.0", "1.16.10"] {
@@ -350,7 +349,7 @@ mod tests {
             fs::write(&path, script).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             let none = dir.path().join("none");
-            let why = super::find(Some(&path), &none, false, &dir.path().join("f")).unwrap_err().to_string();
+            let why = super::find(Some(&path), &none, false, &dir.path().join("f")).unwrap_err();
             assert!(why.contains(expected), "{why}");
         };
         refused(b"#!/bin/sh\necho busybox\n", 0o755, "says \"busybox\", which is not Firecracker");

@@ -293,7 +293,7 @@ impl Qemu {
             return VmmError::Gone { what };
         }
         match error {
-            QmpError::Timeout { after_ms, .. } => VmmError::Timeout { what, after_ms },
+            QmpError::Timeout { after_ms, .. } => VmmError::Timeout { what: what.into(), after_ms },
             other => VmmError::Failed { what, why: other.to_string() },
         }
     }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use rustix::fs::OFlags;
@@ -19,7 +20,7 @@ use crate::program;
 pub fn ensure_data_disk(volumes: &Dir, name: &str, label: &str, size: u64) -> Result<bool, HostdError> {
     let path = volumes.path().join(name);
     if volumes.kind_of(name)?.is_some() {
-        let disk = volumes.open_file(name, OFlags::RDWR, 0)?;
+        let disk: File = open_data_disk(volumes, name)?.into();
         let length = disk.metadata().during(|| format!("cannot look at {}", path.display()))?.len();
         if length > size {
             return Err(HostdError::refused(
@@ -47,7 +48,17 @@ pub fn ensure_data_disk(volumes: &Dir, name: &str, label: &str, size: u64) -> Re
 
 /// Opens a data disk for reading and writing.
 pub fn open_data_disk(volumes: &Dir, name: &str) -> Result<OwnedFd, HostdError> {
-    volumes.open_file(name, OFlags::RDWR, 0).map(OwnedFd::from)
+    let what = || format!("cannot open data disk {}", volumes.path().join(name).display());
+    let disk = volumes.open_file(name, OFlags::RDWR | OFlags::NONBLOCK, 0)?;
+    let meta = disk.metadata().during(what)?;
+    if !meta.is_file() {
+        return Err(HostdError::refused(what(), "it is not a regular file"));
+    }
+    // It is handed to its machine, and whatever else it were with it.
+    if meta.nlink() != 1 {
+        return Err(HostdError::refused(what(), format!("it has {} names; copy it instead of linking to it", meta.nlink())));
+    }
+    Ok(disk.into())
 }
 
 /// Makes an ext4 with a journal, no blocks reserved for root, and the zeroing of tables left to the guest's kernel.
@@ -62,8 +73,6 @@ pub(super) fn format(disk: &File, label: &str) -> Result<(), HostdError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[test]
