@@ -363,20 +363,18 @@ impl Firecracker {
     /// Ends a machine of which a call failed while it was made.
     fn give_up(&self, what: &'static str, vm: &VmHandle, error: ApiError) -> VmmError {
         // It may have ended by itself, and says why in its log.
-        let patience =
-            if matches!(error.kind, ApiErrorKind::Closed | ApiErrorKind::Ended) { Duration::from_secs(1) } else { Duration::ZERO };
+        let lost = matches!(error.kind, ApiErrorKind::Closed | ApiErrorKind::Ended | ApiErrorKind::Io { .. });
+        let patience = if lost { Duration::from_secs(1) } else { Duration::ZERO };
         let gone = matches!(self.wait_exit(vm, patience), Ok(Liveness::Gone));
         // That it cannot be killed is worse news than why it was to be.
         if let Err(worse) = self.kill(vm) {
             return worse;
         }
-        match (gone, error.kind) {
-            (true, ApiErrorKind::Closed | ApiErrorKind::Ended) => {
-                let words = self.last_words(vm).map_or_else(String::new, |words| format!(": {words}"));
-                VmmError::Failed { what, why: format!("{}: Firecracker ended{words}", error.request) }
-            }
-            (_, kind) => api_error(what, ApiError { request: error.request, kind }),
+        if gone && lost {
+            let words = self.last_words(vm).map_or_else(String::new, |words| format!(": {words}"));
+            return VmmError::Failed { what, why: format!("{}: Firecracker ended{words}", error.request) };
         }
+        api_error(what, error)
     }
 
     /// Why a machine is gone: what it ended with, if this process started it, or else what it said last.
