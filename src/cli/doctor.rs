@@ -77,7 +77,7 @@ pub fn run(globals: &Globals) -> CliResult {
         "memory",
         memory >= LEAST_MEMORY_MIB,
         format!("{memory} MiB available"),
-        "end something: a guest needs at least 64 MiB, mvm suggests 256",
+        "end something: a guest of the built-in image needs at least 112 MiB, mvm suggests 256",
     );
     checks.push(CheckRow {
         check: "swap".to_owned(),

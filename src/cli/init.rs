@@ -135,7 +135,8 @@ fn copy_parts(globals: &Globals, parts: &Path) -> Result<(), CliError> {
         copy(initrd, "initrd")?;
     }
     copy(&image.rootfs, "rootfs")?;
-    let vmm = serde_json::json!({ "version": 1, "kernel_args": image.kernel_args, "min_mem_mib": 64, "root_format": "ext4" });
+    let vmm =
+        serde_json::json!({ "version": 1, "kernel_args": image.kernel_args, "min_mem_mib": image.min_mem_mib, "root_format": "ext4" });
     write(&parts.join("vmm.json"), &format!("{vmm:#}\n"))?;
     opened.close()
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::rig::{on_a_host, text};
+use crate::rig::{ONE, on_a_host, text};
 
 const QUICKSTART: &str = include_str!("../../examples/quickstart.toml");
 
@@ -126,6 +126,19 @@ fn an_edited_file_does_what_its_plan_said_and_data_survives() {
                 }
             }
         }
+        rig.prune();
+    });
+}
+
+#[test]
+fn a_guest_that_its_image_is_too_large_for_is_refused_before_anything_starts() {
+    on_a_host(1, |rig| {
+        let file = rig.file("fleet.toml", ONE.replace("mem_mib = 128", "mem_mib = 104"));
+        let said = rig.fails(6, &["apply", "-f", &file]);
+        assert!(said.contains("needs at least 112 MiB of memory, and it has 104") && said.contains("--mem-mib 112"), "{said}");
+        assert_eq!(rig.machines(), Vec::<i32>::new());
+        // What it says is enough is enough.
+        rig.apply(&ONE.replace("mem_mib = 128", "mem_mib = 112"));
         rig.prune();
     });
 }

@@ -559,7 +559,7 @@ impl ImageSource for NodeImages {
             initrd: Some(image.initrd()),
             rootfs: image.rootfs(),
             kernel_args: image::builtin::KERNEL_ARGS.iter().map(|arg| (*arg).to_owned()).collect(),
-            min_mem_mib: 0,
+            min_mem_mib: image::builtin::MIN_MEM_MIB,
         })
     }
 
