@@ -348,8 +348,11 @@ impl Firecracker {
             Ok(false) => format!("Firecracker did not open TAP {name}"),
             Err(error) => error.to_string(),
         };
+        let gone = self.liveness(vm) == Liveness::Gone;
         self.kill(vm)?;
-        Err(VmmError::Failed { what, why })
+        // One that has ended has nothing open any more; that it ended is what counts.
+        let words = self.last_words(vm).filter(|_| gone).map_or_else(String::new, |words| format!(": {words}"));
+        Err(VmmError::Failed { what, why: if gone { format!("Firecracker ended{words}") } else { why } })
     }
 
     /// Keeps the calls of a start, after the making of its jail.
