@@ -234,6 +234,7 @@ pub fn install(archive: &Path, sha256: &str, versions: &Path) -> Result<PathBuf,
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).map_err(failed(&path))?;
         File::open(&path).and_then(|file| file.sync_all()).map_err(failed(&path))?;
     }
+    File::open(new.path()).and_then(|dir| dir.sync_all()).map_err(failed(new.path()))?;
     let said = version_line(&new.path().join("firecracker"))?;
     let version = said.strip_prefix("Firecracker v").filter(|version| numbers(version).is_some());
     let version = version.ok_or_else(|| format!("the firecracker in {} says {said:?} of its version", archive.display()))?;
