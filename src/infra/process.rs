@@ -25,16 +25,23 @@ pub fn host_boot_id() -> Arc<str> {
     .clone()
 }
 
-/// Reads the start time of a process in clock ticks since boot; `None` when there is no such process or it is a zombie.
+/// Reads the start time of a process in clock ticks since boot; `None` when there is no such process or all of it has ended.
 pub fn start_ticks(pid: i32) -> Option<u64> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    let text = String::from_utf8_lossy(&stat);
+    parse_start_ticks(&String::from_utf8_lossy(&stat))
+}
+
+/// Reads field 22 of `/proc/<pid>/stat` (proc_pid_stat(5)), unless fields 3 and 20 say that no thread of the process is left.
+fn parse_start_ticks(stat: &str) -> Option<u64> {
     // The command may contain anything, also spaces and parentheses: count from the last one.
-    let mut fields = text[text.rfind(')')? + 1..].split_ascii_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
+    let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_ascii_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3).copied();
+    // A first thread that has ended is a zombie until the others have, and they still hold what the process has open.
+    let others: bool = field(20)?.parse::<u32>().ok()? > 1;
+    if matches!(field(3)?, "Z" | "X") && !others {
         return None;
     }
-    fields.nth(18)?.parse().ok()
+    field(22)?.parse().ok()
 }
 
 impl ProcessIdentity {
@@ -60,5 +67,15 @@ mod tests {
         assert!(!ProcessIdentity { start_ticks: me.start_ticks + 1, ..me.clone() }.is_alive());
         assert!(!ProcessIdentity { boot: "earlier".into(), ..me }.is_alive());
         assert!(ProcessIdentity::of(i32::MAX).is_none());
+    }
+
+    #[test]
+    fn a_process_is_gone_when_all_of_its_threads_are() {
+        let stat = |state: &str, threads: u32| {
+            parse_start_ticks(&format!("7 (a) b (c)) {state} 1 7 7 0 -1 4194560 90 0 0 0 25 5 0 0 20 0 {threads} 0 12345 512 3"))
+        };
+        assert_eq!((stat("S", 1), stat("R", 3)), (Some(12345), Some(12345)));
+        assert_eq!((stat("Z", 2), stat("Z", 1), stat("X", 0)), (Some(12345), None, None));
+        assert_eq!(parse_start_ticks("7 (a"), None);
     }
 }

@@ -79,7 +79,7 @@ fn answer(connection: &mut Connection, machine: &Machine, request: &Request) -> 
 fn do_deeds(connection: &mut Connection, deeds: &[Deed]) -> Option<bool> {
     for deed in deeds {
         match deed {
-            Deed::Hang | Deed::Slow(_) | Deed::Die | Deed::Exit(_) => deed.alone(),
+            Deed::Hang | Deed::Slow(_) | Deed::Die | Deed::Exit(_) | Deed::Leave(_) => deed.alone(),
             Deed::Close => return Some(close(connection)),
             Deed::Cut => {
                 connection.send(

@@ -31,6 +31,7 @@
 //! | `fault:text` | status 400 with that message |
 //! | `die` | SIGKILL |
 //! | `exit:148` | an end with that code |
+//! | `leave:200ms` | the first thread ends, the others go on that long; then the next word |
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -40,6 +41,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::package::Package;
+use crate::signals;
 
 /// A script and how far it is.
 #[derive(Debug)]
@@ -78,6 +80,7 @@ pub enum Deed {
     Fault(String),
     Die,
     Exit(i32),
+    Leave(Duration),
 }
 
 #[derive(Debug, Deserialize)]
@@ -176,9 +179,11 @@ impl Deed {
     fn parse(word: &str) -> Result<Self, String> {
         let (name, value) = word.split_once(':').unwrap_or((word, ""));
         let wrong = || format!("{word:?} is nothing that can be done");
+        let wait = || value.strip_suffix("ms").and_then(|ms| ms.parse().ok()).map(Duration::from_millis).ok_or_else(wrong);
         Ok(match name {
             "hang" => Self::Hang,
-            "slow" => Self::Slow(Duration::from_millis(value.strip_suffix("ms").and_then(|ms| ms.parse().ok()).ok_or_else(wrong)?)),
+            "slow" => Self::Slow(wait()?),
+            "leave" => Self::Leave(wait()?),
             "close" => Self::Close,
             "cut" => Self::Cut,
             "garbage" => Self::Garbage,
@@ -201,6 +206,10 @@ impl Deed {
                 let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
             }
             Self::Exit(code) => std::process::exit(*code),
+            Self::Leave(wait) => {
+                signals::end_first_thread();
+                std::thread::sleep(*wait);
+            }
             Self::Close | Self::Cut | Self::Garbage | Self::Flood | Self::Fault(_) => {}
         }
     }

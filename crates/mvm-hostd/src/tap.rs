@@ -105,7 +105,10 @@ impl KeptTap {
     }
 
     /// Lets it end with the process that has it open by now; returns whether the process has.
-    pub fn let_go(mut self, process: Pid) -> Result<bool, HostdError> {
+    ///
+    /// When it has not, or cannot be asked, the TAP is kept as before: drop it when the process has ended, as one that is just ending
+    /// may still hold it.
+    pub fn let_go(&mut self, process: Pid) -> Result<bool, HostdError> {
         let name = self.name().to_owned();
         let what = || format!("cannot have TAP {name} end with its VMM");
         let pidfd = pidfd_open(process, PidfdFlags::empty()).during(what)?;

@@ -38,6 +38,9 @@ const DEADLINES: Deadlines = Deadlines {
     snapshot: Duration::from_secs(180),
 };
 
+/// How long one that hung up is waited for: it may be ending, and says why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// How long a bare kernel may take to boot; real virtualisation needs below one second.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -341,16 +344,17 @@ impl Firecracker {
 
     /// Has the TAP end with the machine.
     fn let_go(&self, what: &'static str, vm: &VmHandle, tap: Option<KeptTap>) -> Result<(), VmmError> {
-        let (Some(tap), Some(pid)) = (tap, Pid::from_raw(vm.process.pid)) else { return Ok(()) };
+        let (Some(mut tap), Some(pid)) = (tap, Pid::from_raw(vm.process.pid)) else { return Ok(()) };
         let name = tap.name().to_owned();
         let why = match tap.let_go(pid) {
             Ok(true) => return Ok(()),
             Ok(false) => format!("Firecracker did not open TAP {name}"),
             Err(error) => error.to_string(),
         };
-        let gone = self.liveness(vm) == Liveness::Gone;
+        // One that ends has nothing open any more; that it ended is what counts.
+        let gone = matches!(self.wait_exit(vm, LAST_WORDS), Ok(Liveness::Gone));
         self.kill(vm)?;
-        // One that has ended has nothing open any more; that it ended is what counts.
+        drop(tap);
         let words = self.last_words(vm).filter(|_| gone).map_or_else(String::new, |words| format!(": {words}"));
         Err(VmmError::Failed { what, why: if gone { format!("Firecracker ended{words}") } else { why } })
     }
@@ -367,7 +371,7 @@ impl Firecracker {
     fn give_up(&self, what: &'static str, vm: &VmHandle, error: ApiError) -> VmmError {
         // It may have ended by itself, and says why in its log.
         let lost = matches!(error.kind, ApiErrorKind::Closed | ApiErrorKind::Ended | ApiErrorKind::Io { .. });
-        let patience = if lost { Duration::from_secs(1) } else { Duration::ZERO };
+        let patience = if lost { LAST_WORDS } else { Duration::ZERO };
         let gone = matches!(self.wait_exit(vm, patience), Ok(Liveness::Gone));
         // That it cannot be killed is worse news than why it was to be.
         if let Err(worse) = self.kill(vm) {
@@ -400,8 +404,7 @@ impl Firecracker {
     }
 
     fn call_failed(&self, what: &'static str, vm: &VmHandle, error: ApiError) -> VmmError {
-        let patience =
-            if matches!(error.kind, ApiErrorKind::Closed | ApiErrorKind::Io { .. }) { Duration::from_secs(1) } else { Duration::ZERO };
+        let patience = if matches!(error.kind, ApiErrorKind::Closed | ApiErrorKind::Io { .. }) { LAST_WORDS } else { Duration::ZERO };
         if let Ok(Liveness::Gone) = self.wait_exit(vm, patience) {
             return VmmError::Gone { what };
         }
