@@ -23,7 +23,7 @@ use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, VmHandle, VmSpec, VmmEr
 /// which begin at `0x7000_0000`.
 const UID_BASE: u32 = 0x6fb0_0000;
 
-/// What the directory of a throw-away machine holds at most, in bytes: sockets, and what its console and QEMU say.
+/// What the directory of a throw-away machine holds at most, in bytes: sockets, and what its console and VMM say.
 const SCRATCH: u64 = 32 << 20;
 
 /// How often it is looked whether a machine that boots is still wanted, and still there.

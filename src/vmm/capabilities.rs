@@ -27,6 +27,8 @@ pub struct Capabilities {
     pub huge_pages: bool,
     /// Whether what drives and interfaces move is bounded by choice.
     pub rate_limits: bool,
+    /// Whether each machine can have a network namespace of its own.
+    pub network_namespace: bool,
     /// Whether the calls of a start are shown by `--timings`.
     pub timings: bool,
 }
@@ -39,9 +41,9 @@ impl VmmKind {
     pub fn capabilities(self) -> Capabilities {
         match self {
             VmmKind::Firecracker => Capabilities {
-                boundary: "KVM, Firecracker's seccomp filters, jail: own uid, tmpfs root, mount namespace",
+                boundary: "KVM, Firecracker's seccomp filters, jail: own uid, tmpfs root, mount and PID namespace, network namespace by choice",
                 runs_without_kvm: false,
-                ends_with_caller: false,
+                ends_with_caller: true,
                 maps_memory: true,
                 writes_only_changes: true,
                 keeps_versions: true,
@@ -49,6 +51,7 @@ impl VmmKind {
                 cpu_templates: true,
                 huge_pages: true,
                 rate_limits: true,
+                network_namespace: true,
                 timings: true,
             },
             VmmKind::Qemu => Capabilities {
@@ -62,6 +65,7 @@ impl VmmKind {
                 cpu_templates: false,
                 huge_pages: false,
                 rate_limits: false,
+                network_namespace: false,
                 timings: false,
             },
             VmmKind::Simulated => Capabilities {
@@ -75,6 +79,7 @@ impl VmmKind {
                 cpu_templates: false,
                 huge_pages: false,
                 rate_limits: false,
+                network_namespace: false,
                 timings: false,
             },
         }
@@ -84,7 +89,7 @@ impl VmmKind {
 /// Writes the drivers and what they can do as a table in Markdown.
 pub fn table() -> String {
     type Show = fn(&Capabilities) -> String;
-    let rows: [(&str, Show); 11] = [
+    let rows: [(&str, Show); 12] = [
         ("between guest and host", |one| one.boundary.to_owned()),
         ("runs guests without usable KVM", |one| yes_or_no(one.runs_without_kvm)),
         ("a machine can end with its caller (`mvm run`, builds)", |one| yes_or_no(one.ends_with_caller)),
@@ -95,6 +100,7 @@ pub fn table() -> String {
         ("`--cpu-template`", |one| yes_or_no(one.cpu_templates)),
         ("`--huge-pages`", |one| yes_or_no(one.huge_pages)),
         ("`--drive-mib-per-second`, `--net-mbit-per-second`", |one| yes_or_no(one.rate_limits)),
+        ("`--jail-netns`", |one| yes_or_no(one.network_namespace)),
         ("`--timings`", |one| yes_or_no(one.timings)),
     ];
     let mut text = String::from("| |");

@@ -27,7 +27,7 @@ use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Nic, VmSpec};
 /// machines, which begin at `0x6fb0_0000`.
 const UID_BASE: u32 = 0x6f70_0000;
 
-/// What the machine's directory holds at most, in bytes: sockets, and what its console and QEMU say.
+/// What the machine's directory holds at most, in bytes: sockets, and what its console and VMM say.
 const SCRATCH: u64 = 32 << 20;
 
 /// A disk for less than this is none for nix's own database and a file system's journal, in bytes.
