@@ -19,4 +19,5 @@ mod secrets;
 mod sleep;
 mod throwaway;
 mod together;
+mod vmm;
 mod wire;
