@@ -18,7 +18,7 @@ use mvm_types::{InstanceAddress, InstanceId, NodeId};
 use rustix::fs::{Gid, OFlags, Uid, fchown};
 use rustix::process::Pid;
 
-use super::args::{self, Limits, Machine, Rates};
+use super::args::{self, Limits, Machine};
 use super::jail::{self, Entry, Launch};
 use super::metrics;
 use super::snapshot::{Scratch, guard, merge};
@@ -27,8 +27,8 @@ use crate::infra::process::ProcessIdentity;
 use crate::vmm::files::{open_directory, open_for_vmm, open_log, open_plain, open_plain_at, open_socket};
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind,
-    VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError,
+    VmmKind, VmmStamp,
 };
 
 /// How long calls may take. A busy host is slower by two orders than an idle one; a Firecracker that hangs is given up after it.
@@ -71,8 +71,6 @@ pub struct FirecrackerOptions {
     pub cpu_template: Option<CpuTemplate>,
     /// The pages that guest memory is made of.
     pub huge_pages: HugePages,
-    /// What guests' devices may move.
-    pub rates: Rates,
     /// Arguments of guests' kernels before those of their images.
     pub kernel_args: Vec<String>,
     /// Arguments of Firecracker's own, for one that was built without its system call filters.
@@ -194,6 +192,8 @@ impl Firecracker {
             kernel_args: vec!["loglevel=4".into()],
             drives: Vec::new(),
             nic: None,
+            rates: Rates::default(),
+            reclaim_memory: false,
             run_dir: dir.path().to_owned(),
             scratch: None,
             console_log: dir.path().join("console"),
@@ -234,7 +234,8 @@ impl Firecracker {
             cid: spec.uid.unwrap_or(3),
             cpu_template: self.options.cpu_template,
             huge_pages: self.options.huge_pages,
-            rates: self.options.rates,
+            rates: spec.rates,
+            reclaim_memory: spec.reclaim_memory,
             version: installed.numbers(),
         })
         .map_err(|why| VmmError::Failed { what, why })?;

@@ -23,7 +23,8 @@ use crate::vmm::facts;
 use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind,
+    VmmStamp,
 };
 
 /// How long QEMU may take to its greeting, or to an answer. It starts in some 40 ms; a busy host with hundreds of guests in
@@ -159,6 +160,7 @@ impl Qemu {
             console: inherit.hand(append_to(&console_log).map_err(failed)?),
             drives: &[],
             nic: None,
+            rates: Rates::default(),
             start: Start::Boot { kernel: inherit.hand(File::open(kernel).map_err(failed)?), initrd: None, append: &append },
         };
         let launched = Launch {
@@ -246,6 +248,7 @@ impl Qemu {
             console,
             drives: &drives,
             nic,
+            rates: spec.rates,
             start,
         });
         let device_group = match (acceleration, spec.uid) {
