@@ -1,7 +1,7 @@
 //! All drivers of real machines behind one interface: which one a new machine gets, and for one that is there the one that made it.
 
 use std::path::Path;
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mvm_types::{InstanceAddress, NodeId};
@@ -37,12 +37,18 @@ pub struct Drivers {
     qemu: Qemu,
     choice: DriverChoice,
     demand: Demand,
+    /// Whether a machine was started in software where nobody chose that.
+    fell_back: AtomicBool,
 }
+
+/// What is said of it.
+const IN_SOFTWARE: &str =
+    "guests run in software (TCG), which is slow and no boundary against hostile ones; `mvm doctor` says why, and --production refuses it";
 
 impl Drivers {
     /// Puts them together.
     pub fn new(firecracker: Firecracker, qemu: Qemu, choice: DriverChoice, demand: Demand) -> Self {
-        Self { firecracker, qemu, choice, demand }
+        Self { firecracker, qemu, choice, demand, fell_back: AtomicBool::new(false) }
     }
 
     fn of(&self, kind: VmmKind) -> &dyn Vmm {
@@ -80,22 +86,28 @@ impl Drivers {
     }
 
     /// Refuses, in production, a machine that would be no boundary.
-    fn check(&self, driver: &dyn Vmm) -> Result<(), VmmError> {
-        let acceleration = driver.stamp()?.acceleration;
-        if acceleration != Acceleration::Tcg {
+    fn check(&self, made_as: &VmmStamp) -> Result<(), VmmError> {
+        if made_as.acceleration != Acceleration::Tcg {
             return Ok(());
         }
         if self.demand == Demand::Production {
             return Err(VmmError::Unusable {
-                vmm: driver.kind().as_str(),
+                vmm: made_as.vmm.as_str(),
                 why: "guests would run in software (TCG), which is no boundary against hostile ones, and --production demands one: use a host \
                       whose /dev/kvm boots guests (`mvm doctor` says what is wrong with this one)"
                     .into(),
             });
         }
-        static WARNED: Once = Once::new();
-        WARNED.call_once(|| tracing::info!("guests run in software (TCG), which is slow and no boundary against hostile ones"));
         Ok(())
+    }
+
+    /// Notes that a machine was started in software.
+    fn note(&self, started: Result<VmHandle, VmmError>, acceleration: Acceleration) -> Result<VmHandle, VmmError> {
+        let chosen = self.choice != DriverChoice::Auto || self.qemu.was_told_how();
+        if started.is_ok() && acceleration == Acceleration::Tcg && !chosen {
+            self.fell_back.store(true, Ordering::Relaxed);
+        }
+        started
     }
 }
 
@@ -107,7 +119,7 @@ impl Vmm for Drivers {
     fn prepare(&self, kernel: &Path) -> Result<(), VmmError> {
         let driver = self.choose(Some(kernel))?;
         driver.prepare(kernel)?;
-        self.check(driver)
+        self.check(&driver.stamp()?)
     }
 
     fn overhead_mib(&self) -> u32 {
@@ -125,8 +137,9 @@ impl Vmm for Drivers {
     fn boot(&self, spec: VmSpec) -> Result<VmHandle, VmmError> {
         let driver = self.choose(Some(&spec.kernel))?;
         driver.prepare(&spec.kernel)?;
-        self.check(driver)?;
-        driver.boot(spec)
+        let stamp = driver.stamp()?;
+        self.check(&stamp)?;
+        self.note(driver.boot(spec), stamp.acceleration)
     }
 
     fn pause(&self, vm: &VmHandle) -> Result<(), VmmError> {
@@ -142,7 +155,8 @@ impl Vmm for Drivers {
     }
 
     fn restore(&self, spec: VmSpec, dir: &Path, made_by: &VmmStamp) -> Result<VmHandle, VmmError> {
-        self.of(made_by.vmm).restore(spec, dir, made_by)
+        self.check(made_by)?;
+        self.note(self.of(made_by.vmm).restore(spec, dir, made_by), made_by.acceleration)
     }
 
     fn kill(&self, vm: &VmHandle) -> Result<(), VmmError> {
@@ -171,6 +185,14 @@ impl Vmm for Drivers {
     fn take_timeline(&self) -> Vec<VmmCall> {
         // Only one of them has one.
         self.firecracker.take_timeline()
+    }
+
+    fn warnings(&self) -> Vec<&'static str> {
+        if self.fell_back.load(Ordering::Relaxed) { vec![IN_SOFTWARE] } else { Vec::new() }
+    }
+
+    fn metrics(&self, vm: &VmHandle) -> Result<serde_json::Map<String, serde_json::Value>, VmmError> {
+        self.of(vm.vmm).metrics(vm)
     }
 
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {

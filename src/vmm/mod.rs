@@ -109,6 +109,18 @@ pub struct Nic {
     pub mac: [u8; 6],
 }
 
+/// What a guest's devices may move in a second.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Of each drive, in MiB.
+    pub drive_mib: Option<u32>,
+    /// How often each drive is read from or written to.
+    pub drive_iops: Option<u32>,
+    /// Of the network interface in each direction, in Mbit (10^6 bits). Where a driver does not shape it, the packet filter of the
+    /// TAP's bridge drops what is beyond.
+    pub net_mbit: Option<u32>,
+}
+
 /// How long a virtual machine outlives whoever started it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lifetime {
@@ -143,6 +155,10 @@ pub struct VmSpec {
     pub drives: Vec<Drive>,
     /// The network interface, where there is one.
     pub nic: Option<Nic>,
+    /// What drives and interface may move.
+    pub rates: Rates,
+    /// Whether memory that the guest frees goes back to the host, where the driver can do that.
+    pub reclaim_memory: bool,
     /// An existing directory, root's only, for the sockets.
     pub run_dir: PathBuf,
     /// A directory on a disk, below one that is root's only, in which the driver may make what the VMM writes to; none for a machine
@@ -280,6 +296,20 @@ pub trait Vmm: Send + Sync {
     /// What the last start or restore by this driver consisted of, in order; forgotten afterwards. Empty where it is one step.
     fn take_timeline(&self) -> Vec<VmmCall> {
         Vec::new()
+    }
+
+    /// What an operator has to know of how machines were started by this process, whom nobody told.
+    fn warnings(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    /// Returns what the VMM itself counts, under its own names; counts of events are those since it wrote them last.
+    fn metrics(&self, vm: &VmHandle) -> Result<serde_json::Map<String, serde_json::Value>, VmmError> {
+        let _ = vm;
+        Err(VmmError::Failed {
+            what: "cannot read the VMM's metrics",
+            why: format!("{} keeps none; `mvm instance stats` has what the host counts", self.kind().as_str()),
+        })
     }
 
     /// Returns what it uses.

@@ -6,7 +6,7 @@
 //!  kernel, initrd, root    --> /image/kernel, /image/initrd, /drives/root      mounted, read-only
 //!  data disk               --> /drives/data                                    mounted
 //!  secrets, configuration  --> /drives/secrets, /drives/config                 copied into the jail's memory
-//!  <run>/<instance>/jail   <-> /host/{api.sock, v.sock, firecracker.log}       mounted
+//!  <run>/<instance>/jail   <-> /host/{api.sock, v.sock, firecracker.log, metrics}   mounted
 //!  <instance>/vmm          <-- /scratch/{state, memory}                        mounted; what a snapshot is written to
 //!  <instance>/snapshot     --> /restore/{state, memory}                        mounted, read-only, for a wake
 //!  TAP, by name, kept until Firecracker has it; or in a network namespace that has only it and the cable to its bridge
@@ -22,9 +22,10 @@
 mod args;
 mod driver;
 mod jail;
+mod metrics;
 mod snapshot;
 mod versions;
 
-pub use args::{Rates, VSOCK_SOCKET};
+pub use args::VSOCK_SOCKET;
 pub use driver::{Firecracker, FirecrackerOptions, JailNetwork};
 pub use versions::{Installed, MINIMUM, VERSIONS_DIR, Verdict, install};

@@ -24,7 +24,8 @@ use crate::vmm::facts;
 use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
 use crate::vmm::process::{self, pid_of};
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind,
+    VmmStamp,
 };
 
 /// How long QEMU may take to its greeting, or to an answer. It starts in some 40 ms; a busy host with hundreds of guests in
@@ -75,6 +76,11 @@ impl Qemu {
     /// Looks for nothing and runs nothing yet: who only looks at a fleet needs no QEMU.
     pub fn new(options: QemuOptions) -> Self {
         Self { binary: OnceLock::new(), options, facts: Mutex::new(None), children: Children::default() }
+    }
+
+    /// Whether somebody chose how guests are executed.
+    pub(in crate::vmm) fn was_told_how(&self) -> bool {
+        self.options.acceleration != AccelerationChoice::Auto
     }
 
     /// Finds the program.
@@ -155,6 +161,7 @@ impl Qemu {
             console: inherit.hand(append_to(&console_log).map_err(failed)?),
             drives: &[],
             nic: None,
+            rates: Rates::default(),
             start: Start::Boot { kernel: inherit.hand(File::open(kernel).map_err(failed)?), initrd: None, append: &append },
         };
         let launched = Launch {
@@ -242,6 +249,7 @@ impl Qemu {
             console,
             drives: &drives,
             nic,
+            rates: spec.rates,
             start,
         });
         let device_group = match (acceleration, spec.uid) {
