@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Once;
 use std::time::Duration;
 
+use mvm_hostd::cgroup::Hierarchy;
 use mvm_types::{InstanceAddress, NodeId};
 
 use super::firecracker::{Firecracker, Verdict};
@@ -79,8 +80,14 @@ impl Drivers {
         }
     }
 
-    /// Refuses, in production, a machine that would be no boundary.
+    /// Refuses, in production, a machine that would be no boundary, and says so when it has no limits.
     fn check(&self, driver: &dyn Vmm) -> Result<(), VmmError> {
+        if self.demand == Demand::Production
+            && let Err(none) = Hierarchy::find()
+        {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| tracing::warn!("no limits of memory, CPU, processes and disks are set on VMMs: {none}"));
+        }
         let acceleration = driver.stamp()?.acceleration;
         if acceleration != Acceleration::Tcg {
             return Ok(());

@@ -10,6 +10,7 @@ mod guest;
 mod image;
 mod isolation;
 mod jail;
+mod limits;
 mod network;
 mod nix;
 mod qemu;

@@ -24,6 +24,7 @@ use super::snapshot::{Scratch, guard, merge};
 use super::versions::{self, Installed, Verdict};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::files::{open_directory, open_for_vmm, open_log, open_plain, open_plain_at, open_socket};
+use crate::vmm::limits::{self, Needs};
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
     Acceleration, Drive, DriveAccess, Lifetime, Liveness, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind,
@@ -185,6 +186,7 @@ impl Firecracker {
             at: InstanceAddress::new(name(what)?, name(what)?, InstanceId::from_bits(std::process::id())),
             node: name(what)?,
             uid: Some(PROBE_UID),
+            limits: None,
             vcpus: 1,
             mem_mib: MEM_MIB,
             kernel: kernel.to_owned(),
@@ -247,6 +249,11 @@ impl Firecracker {
         }
     }
 
+    fn needs(&self) -> Needs {
+        let drive_bytes_per_second = self.options.rates.drive_mib.map(|mib| u64::from(mib) << 20);
+        Needs { overhead_mib: self.overhead_mib(), drive_bytes_per_second }
+    }
+
     /// Starts a Firecracker in its jail and waits until it listens.
     fn start(&self, installed: &Installed, spec: VmSpec, from: From<'_>) -> Result<Started, VmmError> {
         let what = "cannot start Firecracker";
@@ -264,6 +271,7 @@ impl Firecracker {
             return Err(unusable("a machine that ends with its caller is QEMU's".into()));
         }
         let io = |doing: String| move |source| VmmError::Io { what: doing, source };
+        let group = limits::group(&spec, self.needs())?;
         let base = self.options.facts_file.with_file_name("jails");
         match fs::DirBuilder::new().mode(0o700).create(&base) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io(format!("cannot make {}", base.display()))(error)),
@@ -315,6 +323,7 @@ impl Firecracker {
             id: &id,
             base: &base,
             uid,
+            group,
             entries,
             console: open_log(&spec.console_log)?,
             log: open_log(&spec.vmm_log)?,

@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use mvm_hostd::cgroup::{self, Group};
 use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -91,6 +92,8 @@ pub(super) struct Launch<'a> {
     pub base: &'a Path,
     /// Whose it is.
     pub uid: u32,
+    /// The cgroup that limits it.
+    pub group: Option<Group>,
     /// What is in it.
     pub entries: Vec<Entry>,
     /// Standard output: the guest's console.
@@ -136,8 +139,12 @@ pub(super) fn launch(launch: Launch<'_>) -> io::Result<Child> {
     let owner = (Uid::from_raw(launch.uid), Gid::from_raw(launch.uid));
     let mut command = Command::new(launch.jailer);
     command.args(&launch.arguments).env_clear().current_dir("/").stdin(Stdio::null()).stdout(launch.console).stderr(launch.log);
-    let parent = getpid();
+    let (parent, group) = (getpid(), launch.group);
     let prepare = move || {
+        // First, so that it is charged with all that is made for it.
+        if let Some(group) = &group {
+            cgroup::join(group.procs())?;
+        }
         // Until it has another user, which ends this, and by then it can be found by its name (`find_stray`).
         set_parent_process_death_signal(Some(Signal::KILL))?;
         if getppid() != Some(parent) {

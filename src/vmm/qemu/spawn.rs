@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use mvm_hostd::cgroup::{self, Group};
 use rustix::fs::Mode;
 use rustix::io::{Errno, FdFlags};
 use rustix::process::{Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit, setsid, umask};
@@ -21,6 +22,8 @@ pub(super) struct Launch {
     pub args: Vec<String>,
     /// The descriptors that the arguments name by number.
     pub inherit: Inherited,
+    /// The cgroup that limits it.
+    pub group: Option<Group>,
     /// The user and group to become; needs root.
     pub uid: Option<u32>,
     /// The only other group kept: that of `/dev/kvm`.
@@ -64,8 +67,13 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     let identity = launch.uid.map(|id| (Uid::from_raw(id), Gid::from_raw(id)));
     let groups: Vec<Gid> = launch.device_group.into_iter().map(Gid::from_raw).collect();
     let (lifetime, largest_file) = (launch.lifetime, launch.largest_file);
+    let group = launch.group.as_ref().map(|group| group.procs().as_raw_fd());
     let parent = getpid();
     let prepare = move || {
+        if let Some(group) = group {
+            // SAFETY: `launch.group` owns the descriptor until the child has been started.
+            cgroup::join(unsafe { BorrowedFd::borrow_raw(group) })?;
+        }
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
         // SAFETY: a system call without pointers into this program; the handler is the kernel's own.
@@ -99,7 +107,7 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     // SAFETY: between fork and exec the closure makes system calls only (rustix issues them directly); it neither allocates nor locks.
     unsafe { command.pre_exec(prepare) };
     let child = command.spawn()?;
-    drop(launch.inherit);
+    drop((launch.inherit, launch.group));
     Ok(child)
 }
 
@@ -114,6 +122,7 @@ mod tests {
         let launched = Launch {
             args: Vec::new(),
             inherit: Inherited::default(),
+            group: None,
             uid: None,
             device_group: None,
             log: log.reopen().unwrap(),
