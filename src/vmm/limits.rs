@@ -1,6 +1,7 @@
 //! What the process of a virtual machine may use of the host: one rule for all drivers, which its cgroup enforces.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 
 use mvm_hostd::HostdError;
@@ -45,6 +46,12 @@ pub(super) fn group(spec: &VmSpec, needs: Needs) -> Result<Option<Group>, VmmErr
         HostdError::Refused { what, why } => VmmError::Failed { what: "cannot limit the VMM", why: format!("{what}: {why}") },
     })?;
     Ok(Some(group))
+}
+
+/// What a process writes to in order to join the group; the group is kept until it has.
+pub(super) fn procs(group: Option<&Group>) -> Result<Option<OwnedFd>, VmmError> {
+    let procs = group.map(|group| group.procs().try_clone_to_owned()).transpose();
+    procs.map_err(|source| VmmError::Io { what: "cannot hand over a cgroup".into(), source })
 }
 
 fn limits(spec: &VmSpec, needs: Needs) -> Result<Limits, VmmError> {

@@ -860,7 +860,7 @@ fn a_firecracker_that_cannot_be_used_is_named_with_its_remedy() {
 }
 
 /// How many times an instance is started and stopped; each is as good as any other.
-fn cycles() -> usize {
+pub fn cycles() -> usize {
     std::env::var("MVM_TEST_CYCLES").map_or(200, |number| number.parse().unwrap())
 }
 

@@ -42,7 +42,7 @@ pub fn all(profile: Profile) -> Result<PathBuf, String> {
 /// # Errors
 /// When it does not compile.
 pub fn guest_agent(profile: Profile) -> Result<PathBuf, String> {
-    statically("mvm-guest-agent", Target::Program("mvm-guest-agent"), profile)
+    statically("mvm-guest-agent", "mvm-guest-agent", profile)
 }
 
 /// Builds the stand-in for Firecracker that tests put into jails; returns its path.
@@ -50,7 +50,7 @@ pub fn guest_agent(profile: Profile) -> Result<PathBuf, String> {
 /// # Errors
 /// When it does not compile.
 pub fn fake_firecracker(profile: Profile) -> Result<PathBuf, String> {
-    statically("mvm-fake-firecracker", Target::Program("fake-firecracker"), profile)
+    statically("mvm-fake-firecracker", "fake-firecracker", profile)
 }
 
 /// Builds what tries limits with a guest's kernel; returns its path.
@@ -58,29 +58,18 @@ pub fn fake_firecracker(profile: Profile) -> Result<PathBuf, String> {
 /// # Errors
 /// When it does not compile.
 pub fn cgroup_trial(profile: Profile) -> Result<PathBuf, String> {
-    statically("mvm-hostd", Target::Example("cgroup-trial"), profile)
+    statically("mvm-hostd", "cgroup-trial", profile)
 }
 
-/// What of a package is built.
-#[derive(Clone, Copy)]
-enum Target {
-    Program(&'static str),
-    Example(&'static str),
-}
-
-fn statically(package: &str, what: Target, profile: Profile) -> Result<PathBuf, String> {
-    let (option, program, directory) = match what {
-        Target::Program(name) => ("--bin", name, "guest"),
-        Target::Example(name) => ("--example", name, "guest/examples"),
-    };
+fn statically(package: &str, program: &str, profile: Profile) -> Result<PathBuf, String> {
     let target = target()?;
     // A directory of its own: other flags would have everything else compiled anew each time.
     let own = target.join("guest-agent");
-    let mut build = cargo(["build", "--profile", "guest", "--package", package, option, program, "--target", TRIPLE, "--target-dir"]);
+    let mut build = cargo(["build", "--profile", "guest", "--package", package, "--bin", program, "--target", TRIPLE, "--target-dir"]);
     build.arg(&own);
     build.env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", "-C target-feature=+crt-static");
     succeed(&mut build)?;
-    let made = own.join(TRIPLE).join(directory).join(program);
+    let made = own.join(TRIPLE).join("guest").join(program);
     let place = target.join(profile.directory()).join(format!("{program}.static"));
     put(&made, &place).map_err(|error| format!("cannot copy {} to {}: {error}", made.display(), place.display()))?;
     Ok(place)

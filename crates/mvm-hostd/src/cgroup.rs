@@ -319,6 +319,12 @@ impl Place {
         Ok(true)
     }
 
+    /// Tells whether the kernel has killed a process of the group for want of memory; not, when the group is gone.
+    pub fn ran_out_of_memory(&self) -> bool {
+        let events = fs::read_to_string(self.path().join("memory.events")).unwrap_or_default();
+        events.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|times| times != "0"))
+    }
+
     fn open(&self) -> Result<Option<OwnedFd>, HostdError> {
         let path = self.path();
         match rustix::fs::open(&path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()) {

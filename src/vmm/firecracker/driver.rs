@@ -323,13 +323,13 @@ impl Firecracker {
             id: &id,
             base: &base,
             uid,
-            group,
+            procs: limits::procs(group.as_ref())?,
             entries,
             console: open_log(&spec.console_log)?,
             log: open_log(&spec.vmm_log)?,
         };
         let mut child = jail::launch(launched).map_err(io(format!("cannot start {}", jailer.display())))?;
-        drop(spec.drives);
+        drop((spec.drives, group));
         let ended = |status: Option<ExitStatus>| VmmError::Failed { what, why: words(status, &host_dir, &spec.vmm_log) };
         let Some(process) = ProcessIdentity::of(pid_of(&child)) else { return Err(ended(child.wait().ok())) };
         let socket = match wait_for_socket(&host_dir, &mut child) {

@@ -160,7 +160,7 @@ impl Qemu {
         let launched = Launch {
             args: render(&line),
             inherit,
-            group: None,
+            procs: None,
             uid: None,
             device_group: None,
             log: append_to(&vmm_log).map_err(failed)?,
@@ -203,6 +203,7 @@ impl Qemu {
         let facts = self.host_facts(Some(kernel.unwrap_or(&spec.kernel)))?;
         let acceleration = self.acceleration(&facts)?;
         let group = limits::group(&spec, self.needs())?;
+        let procs = limits::procs(group.as_ref())?;
         let mut inherit = Inherited::default();
         let mapping = match from {
             From::Kernel => RamMapping::Shared,
@@ -253,8 +254,9 @@ impl Qemu {
         let log = open_log(&spec.vmm_log)?;
         let binary = self.binary()?;
         let child =
-            launch(binary, Launch { args, inherit, group, uid: spec.uid, device_group, log, lifetime: spec.lifetime, largest_file })
+            launch(binary, Launch { args, inherit, procs, uid: spec.uid, device_group, log, lifetime: spec.lifetime, largest_file })
                 .map_err(|source| VmmError::Io { what: format!("cannot start {}", binary.display()), source })?;
+        drop(group);
         let identity = ProcessIdentity::of(pid_of(&child));
         self.children.add(child);
         let ended = || VmmError::Failed { what: "cannot start QEMU", why: process::log_tail(&spec.vmm_log) };

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use mvm_hostd::cgroup::{self, Group};
+use mvm_hostd::cgroup;
 use rustix::fs::Mode;
 use rustix::io::{Errno, FdFlags};
 use rustix::process::{Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit, setsid, umask};
@@ -22,8 +22,8 @@ pub(super) struct Launch {
     pub args: Vec<String>,
     /// The descriptors that the arguments name by number.
     pub inherit: Inherited,
-    /// The cgroup that limits it.
-    pub group: Option<Group>,
+    /// `cgroup.procs` of the group that limits it.
+    pub procs: Option<OwnedFd>,
     /// The user and group to become; needs root.
     pub uid: Option<u32>,
     /// The only other group kept: that of `/dev/kvm`.
@@ -67,12 +67,11 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     let identity = launch.uid.map(|id| (Uid::from_raw(id), Gid::from_raw(id)));
     let groups: Vec<Gid> = launch.device_group.into_iter().map(Gid::from_raw).collect();
     let (lifetime, largest_file) = (launch.lifetime, launch.largest_file);
-    let group = launch.group.as_ref().map(|group| group.procs().as_raw_fd());
-    let parent = getpid();
+    let (parent, procs) = (getpid(), launch.procs);
     let prepare = move || {
-        if let Some(group) = group {
-            // SAFETY: `launch.group` owns the descriptor until the child has been started.
-            cgroup::join(unsafe { BorrowedFd::borrow_raw(group) })?;
+        // First, so that all that it makes is charged to its group.
+        if let Some(procs) = &procs {
+            cgroup::join(procs.as_fd())?;
         }
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
@@ -107,7 +106,7 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     // SAFETY: between fork and exec the closure makes system calls only (rustix issues them directly); it neither allocates nor locks.
     unsafe { command.pre_exec(prepare) };
     let child = command.spawn()?;
-    drop((launch.inherit, launch.group));
+    drop(launch.inherit);
     Ok(child)
 }
 
@@ -116,13 +115,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_writes_without_end_is_told_that_there_is_no_more_room() {
+    fn a_child_joins_its_group_and_is_told_when_it_has_written_enough() {
         let log = tempfile::NamedTempFile::new().unwrap();
+        let procs = tempfile::NamedTempFile::new().unwrap();
         let largest_file = 100_000;
         let launched = Launch {
             args: Vec::new(),
             inherit: Inherited::default(),
-            group: None,
+            procs: Some(procs.reopen().unwrap().into()),
             uid: None,
             device_group: None,
             log: log.reopen().unwrap(),
@@ -132,5 +132,6 @@ mod tests {
         let ended = launch(Path::new("/usr/bin/yes"), launched).unwrap().wait().unwrap();
         assert_eq!(ended.code(), Some(1), "an error of its own, not the signal: {ended}");
         assert_eq!(log.as_file().metadata().unwrap().len(), largest_file);
+        assert_eq!(std::fs::read_to_string(procs.path()).unwrap(), "0", "the process that writes it");
     }
 }
