@@ -1,30 +1,73 @@
 //! Limits of VMMs by cgroup v2. Few hosts that run tests have a hierarchy for them, but each guest's kernel has: the code that mvm
 //! sets them with is tried in a microVM. What mvm says of the host that it runs on is true on any.
 
+mod inside;
+
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use crate::jail::cycles;
 use crate::rig::{Driver, NOTHING, ONE, on_a_host, on_a_host_of};
 
-/// What the trial writes when all of it went well (crates/mvm-hostd/src/bin/cgroup-trial.rs).
-const SHOWN: [&str; 8] = ["found: ", "written: ", "memory: ", "tasks: ", "ended: ", "swept: ", "cycles: ", "left: nothing"];
+/// Says that a test is run in a guest, and how often a group is made and ended there.
+const INSIDE: &str = "MVM_TEST_INSIDE";
+
+/// Where this program, what it is linked with, and the stand-in for Firecracker are in the guest.
+const TRIAL: &str = "/tmp/trial";
 
 #[test]
 fn limits_are_kept_by_a_real_kernel_and_nothing_of_them_is_left() {
-    let trial = Path::new(env!("CARGO_BIN_EXE_mvm")).with_file_name("cgroup-trial.static");
-    assert!(trial.exists(), "the trial is built before the live tests run: {}", trial.display());
+    if let Ok(cycles) = std::env::var(INSIDE) {
+        return inside::groups(cycles.parse().unwrap());
+    }
+    in_a_guest("limits_are_kept_by_a_real_kernel_and_nothing_of_them_is_left");
+}
+
+#[test]
+fn a_jailed_process_is_in_a_group_that_ends_with_its_instance() {
+    if std::env::var_os(INSIDE).is_some() {
+        return inside::driver(Path::new(TRIAL));
+    }
+    in_a_guest("a_jailed_process_is_in_a_group_that_ends_with_its_instance");
+}
+
+/// Runs a test of this file in a guest.
+fn in_a_guest(test: &'static str) {
     on_a_host(1, move |rig| {
-        rig.apply(&ONE.replace("mem_mib = 128", "mem_mib = 256"));
-        let at = rig.only();
-        rig.ok(&["cp", trial.to_str().unwrap(), &format!("{at}:/tmp/cgroup-trial")]);
-        let ran = rig.ran(&["exec", &at, "--", "/tmp/cgroup-trial", "try", &cycles().to_string()]);
-        assert!(ran.status.success(), "{}{}", ran.text(), ran.err);
-        let said = ran.text();
-        eprintln!("{said}{:?}", ran.took);
-        assert!(said.lines().count() == SHOWN.len() && said.lines().zip(SHOWN).all(|(line, begin)| line.starts_with(begin)), "{said}");
+        rig.apply(&ONE.replace("mem_mib = 128", "mem_mib = 512"));
+        let (at, trial) = (rig.only(), rig.path("trial"));
+        fs::create_dir(&trial).unwrap();
+        for library in libraries() {
+            fs::copy(&library, trial.join(library.file_name().unwrap())).unwrap();
+        }
+        fs::copy(std::env::current_exe().unwrap(), trial.join("live")).unwrap();
+        crate::firecracker::stand_in(rig, &crate::firecracker::healthy());
+        fs::copy(rig.path("firecracker/firecracker"), trial.join("firecracker")).unwrap();
+        fs::copy(rig.path("firecracker/jailer"), trial.join("jailer.real")).unwrap();
+        // The guest has no C library in its place, and a root that nothing can be put into.
+        for (name, program) in [("start", "live"), ("jailer", "jailer.real")] {
+            let line = format!(r#"exec {TRIAL}/ld-linux-x86-64.so.2 --library-path {TRIAL} {TRIAL}/{program} "$@""#);
+            fs::write(trial.join(name), format!("#!/bin/sh\n{line}\n")).unwrap();
+            fs::set_permissions(trial.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        rig.ok(&["cp", trial.to_str().unwrap(), &format!("{at}:/tmp/")]);
+        let command = format!("{INSIDE}={} {TRIAL}/start --exact limits::{test} --nocapture", cycles());
+        let ran = rig.ran(&["exec", &at, "--", "sh", "-c", &command]);
+        assert!(ran.status.success() && ran.text().contains("1 passed"), "{}{}", ran.text(), ran.err);
+        eprintln!("{}{:?}", ran.text(), ran.took);
         rig.prune();
     });
+}
+
+/// What this program is linked with, the dynamic linker included.
+fn libraries() -> BTreeSet<PathBuf> {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let files = maps.lines().filter_map(|line| Some(&line[line.find('/')?..])).filter(|path| path.contains(".so"));
+    // The linker under the name that it is asked for by.
+    let linker = PathBuf::from("/lib64/ld-linux-x86-64.so.2");
+    files.map(PathBuf::from).chain([linker]).collect()
 }
 
 /// The hierarchy of this host that has all controllers, found another way than mvm does.

@@ -53,14 +53,6 @@ pub fn fake_firecracker(profile: Profile) -> Result<PathBuf, String> {
     statically("mvm-fake-firecracker", "fake-firecracker", profile)
 }
 
-/// Builds what tries limits with a guest's kernel; returns its path.
-///
-/// # Errors
-/// When it does not compile.
-pub fn cgroup_trial(profile: Profile) -> Result<PathBuf, String> {
-    statically("mvm-hostd", "cgroup-trial", profile)
-}
-
 fn statically(package: &str, program: &str, profile: Profile) -> Result<PathBuf, String> {
     let target = target()?;
     // A directory of its own: other flags would have everything else compiled anew each time.

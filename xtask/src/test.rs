@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use crate::build::{Profile, cgroup_trial, fake_firecracker, guest_agent};
+use crate::build::{Profile, fake_firecracker, guest_agent};
 use crate::options::{Live, Selection};
 use crate::phase::phase;
 use crate::tally::Tally;
@@ -31,9 +31,6 @@ pub fn run(selection: &Selection) -> Result<(), String> {
     })?;
     let agent = phase("build the guest agent", || guest_agent(Profile::Dev))?;
     let firecracker = phase("build the stand-in for Firecracker", || fake_firecracker(Profile::Dev))?;
-    if selection.live != Live::Not {
-        phase("build what tries limits", || cgroup_trial(Profile::Dev))?;
-    }
     // A few names are asked for by somebody who waits for them, and only for them.
     let everything = selection.filters.is_empty() && selection.live != Live::Only;
     let mut tally = Tally::default();
