@@ -81,6 +81,10 @@ pub enum InstanceCommand {
         #[arg(long, short, visible_alias = "force")]
         yes: bool,
     },
+    /// Show what an instance's VMM counts: what its devices moved, and what went wrong in them
+    ///
+    /// The names are the VMM's own. Firecracker counts anew each time it has written its numbers, which it does once a minute besides.
+    Metrics(Which),
     /// Show what instances use
     Stats {
         /// Only this tenant's, pool's or instance's
@@ -91,7 +95,10 @@ pub enum InstanceCommand {
 
 /// Carries out a verb.
 pub fn run(globals: &Globals, command: InstanceCommand) -> CliResult {
-    let looks = matches!(command, InstanceCommand::List { .. } | InstanceCommand::Info(_) | InstanceCommand::Stats { .. });
+    let looks = matches!(
+        command,
+        InstanceCommand::List { .. } | InstanceCommand::Info(_) | InstanceCommand::Stats { .. } | InstanceCommand::Metrics(_)
+    );
     let opened = open(globals, if looks { Intent::Look } else { Intent::Change })?;
     let node = &opened.node;
     match command {
@@ -140,6 +147,7 @@ pub fn run(globals: &Globals, command: InstanceCommand) -> CliResult {
                 node.apply_network()
             })?;
         }
+        InstanceCommand::Metrics(which) => metrics(globals, node, &resolve(node, &which.instance)?)?,
         InstanceCommand::Stats { address } => stats(globals, node, address.as_ref())?,
     }
     opened.close()?;
@@ -305,6 +313,43 @@ fn stats(globals: &Globals, node: &Node, address: Option<&Address>) -> Result<()
             data_kib: on_disk_kib(&node.paths.data_disk(&at)),
         });
     }
+    Ok(print_rows(&rows, globals.format())?)
+}
+
+#[derive(Serialize)]
+struct MetricRow {
+    name: String,
+    value: String,
+}
+
+impl Row for MetricRow {
+    const COLUMNS: &'static [(&'static str, Width)] = &[("NAME", Width::Narrow), ("VALUE", Width::Narrow)];
+    fn cells(&self) -> Vec<String> {
+        vec![self.name.clone(), self.value.clone()]
+    }
+}
+
+/// Shows all of them as JSON, and in a table those that are not 0.
+fn metrics(globals: &Globals, node: &Node, at: &InstanceAddress) -> Result<(), CliError> {
+    let instance = node.instance(at)?;
+    let vm = instance.state.vm().ok_or_else(|| LifecycleError::Refused {
+        what: format!("show metrics of {at}"),
+        why: format!("it is {} and has no VMM; `mvm instance start {at}` gives it one", instance.state.name()),
+    })?;
+    let metrics = node.vmm().metrics(vm).map_err(LifecycleError::from)?;
+    if globals.format() == OutputFormat::Json {
+        return Ok(write_out(&to_json(&metrics)?)?);
+    }
+    let mut rows = Vec::new();
+    let mut left: Vec<(String, &serde_json::Value)> = metrics.iter().map(|(name, value)| (name.clone(), value)).collect();
+    while let Some((name, value)) = left.pop() {
+        match value {
+            serde_json::Value::Object(inner) => left.extend(inner.iter().map(|(inner, value)| (format!("{name}.{inner}"), value))),
+            value if value.as_f64() == Some(0.0) => {}
+            value => rows.push(MetricRow { name, value: value.to_string() }),
+        }
+    }
+    rows.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(print_rows(&rows, globals.format())?)
 }
 

@@ -193,6 +193,9 @@ impl Drop for Opened {
         if let Err(error) = self.keep() {
             tracing::error!(%error, "the simulated machines could not be kept for the next command");
         }
+        for warning in self.node.vmm().warnings() {
+            eprintln!("mvm: warning: {warning}");
+        }
     }
 }
 

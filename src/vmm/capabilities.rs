@@ -27,6 +27,8 @@ pub struct Capabilities {
     pub huge_pages: bool,
     /// Whether what drives and interfaces move is bounded by choice.
     pub rate_limits: bool,
+    /// Whether it counts what its devices do.
+    pub metrics: bool,
     /// Whether the calls of a start are shown by `--timings`.
     pub timings: bool,
 }
@@ -49,6 +51,7 @@ impl VmmKind {
                 cpu_templates: true,
                 huge_pages: true,
                 rate_limits: true,
+                metrics: true,
                 timings: true,
             },
             VmmKind::Qemu => Capabilities {
@@ -62,6 +65,7 @@ impl VmmKind {
                 cpu_templates: false,
                 huge_pages: false,
                 rate_limits: false,
+                metrics: false,
                 timings: false,
             },
             VmmKind::Simulated => Capabilities {
@@ -75,6 +79,7 @@ impl VmmKind {
                 cpu_templates: false,
                 huge_pages: false,
                 rate_limits: false,
+                metrics: false,
                 timings: false,
             },
         }
@@ -84,7 +89,7 @@ impl VmmKind {
 /// Writes the drivers and what they can do as a table in Markdown.
 pub fn table() -> String {
     type Show = fn(&Capabilities) -> String;
-    let rows: [(&str, Show); 11] = [
+    let rows: [(&str, Show); 12] = [
         ("between guest and host", |one| one.boundary.to_owned()),
         ("runs guests without usable KVM", |one| yes_or_no(one.runs_without_kvm)),
         ("a machine can end with its caller (`mvm run`, builds)", |one| yes_or_no(one.ends_with_caller)),
@@ -95,6 +100,7 @@ pub fn table() -> String {
         ("`--cpu-template`", |one| yes_or_no(one.cpu_templates)),
         ("`--huge-pages`", |one| yes_or_no(one.huge_pages)),
         ("`--drive-mib-per-second`, `--net-mbit-per-second`", |one| yes_or_no(one.rate_limits)),
+        ("`mvm instance metrics`", |one| yes_or_no(one.metrics)),
         ("`--timings`", |one| yes_or_no(one.timings)),
     ];
     let mut text = String::from("| |");

@@ -1,10 +1,9 @@
 //! All drivers of real machines behind one interface: which one a new machine gets, and for one that is there the one that made it.
 
 use std::path::Path;
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mvm_hostd::cgroup::Hierarchy;
 use mvm_types::{InstanceAddress, NodeId};
 
 use super::firecracker::{Firecracker, Verdict};
@@ -38,12 +37,23 @@ pub struct Drivers {
     qemu: Qemu,
     choice: DriverChoice,
     demand: Demand,
+    /// Whether a machine was started in software where nobody chose that.
+    fell_back: AtomicBool,
+    /// Whether a machine was started without limits where that matters.
+    unlimited: AtomicBool,
 }
+
+/// What is said of a machine without limits.
+const UNLIMITED: &str = "no limits of memory, CPU, processes and disks are set on VMMs; `mvm doctor` says why, and how to have them";
+
+/// What is said of one in software.
+const IN_SOFTWARE: &str =
+    "guests run in software (TCG), which is slow and no boundary against hostile ones; `mvm doctor` says why, and --production refuses it";
 
 impl Drivers {
     /// Puts them together.
     pub fn new(firecracker: Firecracker, qemu: Qemu, choice: DriverChoice, demand: Demand) -> Self {
-        Self { firecracker, qemu, choice, demand }
+        Self { firecracker, qemu, choice, demand, fell_back: AtomicBool::new(false), unlimited: AtomicBool::new(false) }
     }
 
     fn of(&self, kind: VmmKind) -> &dyn Vmm {
@@ -80,29 +90,39 @@ impl Drivers {
         }
     }
 
-    /// Refuses, in production, a machine that would be no boundary, and says so when it has no limits.
-    fn check(&self, driver: &dyn Vmm) -> Result<(), VmmError> {
-        if self.demand == Demand::Production
-            && let Err(none) = Hierarchy::find()
-        {
-            static SAID: Once = Once::new();
-            SAID.call_once(|| tracing::warn!("no limits of memory, CPU, processes and disks are set on VMMs: {none}"));
-        }
-        let acceleration = driver.stamp()?.acceleration;
-        if acceleration != Acceleration::Tcg {
+    /// Refuses, in production, a machine that would be no boundary.
+    fn check(&self, made_as: &VmmStamp) -> Result<(), VmmError> {
+        if made_as.acceleration != Acceleration::Tcg {
             return Ok(());
         }
         if self.demand == Demand::Production {
             return Err(VmmError::Unusable {
-                vmm: driver.kind().as_str(),
+                vmm: made_as.vmm.as_str(),
                 why: "guests would run in software (TCG), which is no boundary against hostile ones, and --production demands one: use a host \
                       whose /dev/kvm boots guests (`mvm doctor` says what is wrong with this one)"
                     .into(),
             });
         }
-        static WARNED: Once = Once::new();
-        WARNED.call_once(|| tracing::info!("guests run in software (TCG), which is slow and no boundary against hostile ones"));
         Ok(())
+    }
+
+    /// Starts a machine, and notes what there is to be said of it.
+    fn start(
+        &self,
+        acceleration: Acceleration,
+        spec: VmSpec,
+        start: impl FnOnce(VmSpec) -> Result<VmHandle, VmmError>,
+    ) -> Result<VmHandle, VmmError> {
+        let limited = spec.limits.is_some();
+        let vm = start(spec)?;
+        let chosen = self.choice != DriverChoice::Auto || self.qemu.was_told_how();
+        if acceleration == Acceleration::Tcg && !chosen {
+            self.fell_back.store(true, Ordering::Relaxed);
+        }
+        if self.demand == Demand::Production && !limited {
+            self.unlimited.store(true, Ordering::Relaxed);
+        }
+        Ok(vm)
     }
 }
 
@@ -114,7 +134,7 @@ impl Vmm for Drivers {
     fn prepare(&self, kernel: &Path) -> Result<(), VmmError> {
         let driver = self.choose(Some(kernel))?;
         driver.prepare(kernel)?;
-        self.check(driver)
+        self.check(&driver.stamp()?)
     }
 
     fn overhead_mib(&self) -> u32 {
@@ -136,8 +156,9 @@ impl Vmm for Drivers {
             driver = &self.qemu;
         }
         driver.prepare(&spec.kernel)?;
-        self.check(driver)?;
-        driver.boot(spec)
+        let stamp = driver.stamp()?;
+        self.check(&stamp)?;
+        self.start(stamp.acceleration, spec, |spec| driver.boot(spec))
     }
 
     fn pause(&self, vm: &VmHandle) -> Result<(), VmmError> {
@@ -153,7 +174,8 @@ impl Vmm for Drivers {
     }
 
     fn restore(&self, spec: VmSpec, dir: &Path, made_by: &VmmStamp) -> Result<VmHandle, VmmError> {
-        self.of(made_by.vmm).restore(spec, dir, made_by)
+        self.check(made_by)?;
+        self.start(made_by.acceleration, spec, |spec| self.of(made_by.vmm).restore(spec, dir, made_by))
     }
 
     fn kill(&self, vm: &VmHandle) -> Result<(), VmmError> {
@@ -182,6 +204,15 @@ impl Vmm for Drivers {
     fn take_timeline(&self) -> Vec<VmmCall> {
         // Only one of them has one.
         self.firecracker.take_timeline()
+    }
+
+    fn warnings(&self) -> Vec<&'static str> {
+        let all = [(&self.fell_back, IN_SOFTWARE), (&self.unlimited, UNLIMITED)];
+        all.into_iter().filter(|(so, _)| so.load(Ordering::Relaxed)).map(|(_, said)| said).collect()
+    }
+
+    fn metrics(&self, vm: &VmHandle) -> Result<serde_json::Map<String, serde_json::Value>, VmmError> {
+        self.of(vm.vmm).metrics(vm)
     }
 
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {

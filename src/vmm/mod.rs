@@ -285,6 +285,20 @@ pub trait Vmm: Send + Sync {
         Vec::new()
     }
 
+    /// What an operator has to know of how machines were started by this process, whom nobody told.
+    fn warnings(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    /// Returns what the VMM itself counts, under its own names; counts of events are those since it wrote them last.
+    fn metrics(&self, vm: &VmHandle) -> Result<serde_json::Map<String, serde_json::Value>, VmmError> {
+        let _ = vm;
+        Err(VmmError::Failed {
+            what: "cannot read the VMM's metrics",
+            why: format!("{} keeps none; `mvm instance stats` has what the host counts", self.kind().as_str()),
+        })
+    }
+
     /// Returns what it uses.
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError>;
 }

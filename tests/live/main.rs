@@ -20,4 +20,5 @@ mod secrets;
 mod sleep;
 mod throwaway;
 mod together;
+mod vmm;
 mod wire;

@@ -22,7 +22,7 @@ pub(super) const API_SOCKET: &str = "api.sock";
 pub const VSOCK_SOCKET: &str = "jail/v.sock";
 const VSOCK_IN_JAIL: &str = "/host/v.sock";
 pub(super) const LOG: &str = "firecracker.log";
-const METRICS: &str = "metrics.json";
+pub(super) const METRICS: &str = "metrics";
 
 /// Names in [`SCRATCH_DIR`].
 pub(super) const STATE: &str = "state";

@@ -20,6 +20,7 @@ use rustix::process::Pid;
 
 use super::args::{self, Limits, Machine, Rates};
 use super::jail::{self, Entry, Launch};
+use super::metrics;
 use super::snapshot::{Scratch, guard, merge};
 use super::versions::{self, Installed, Verdict};
 use crate::infra::process::ProcessIdentity;
@@ -45,8 +46,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long a bare kernel may take to boot; real virtualisation needs below one second.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The least that Firecracker may write into a file, in bytes: its log, the guest's console. It ends when it writes beyond.
-const LEAST_FILE: u64 = 64 << 20;
+/// The least that Firecracker may write into a file, in bytes: its log, the guest's console. It ends when it writes beyond, which is why
+/// this is more than a log of warnings comes to in years.
+const LEAST_FILE: u64 = 256 << 20;
 
 /// The most bytes of a device state; Firecracker itself reads no more.
 const MOST_STATE: u64 = 10_000_000;
@@ -279,6 +281,7 @@ impl Firecracker {
         }
         let host_dir = spec.run_dir.join(args::HOST_DIR_NAME);
         let host = Scratch::make(&host_dir, uid).map_err(io(format!("cannot make {}", host_dir.display())))?;
+        metrics::make(&host, args::METRICS, uid).map_err(io(format!("cannot make {}", host_dir.join(args::METRICS).display())))?;
         let mut entries = vec![Entry::directory(args::HOST_DIR, host.fd())?];
         if let Some(path) = &spec.scratch {
             let scratch = Scratch::make(path, uid).map_err(io(format!("cannot make {}", path.display())))?;
@@ -603,6 +606,24 @@ impl Vmm for Firecracker {
         std::mem::take(&mut *lock(&self.timeline))
     }
 
+    fn metrics(&self, vm: &VmHandle) -> Result<serde_json::Map<String, serde_json::Value>, VmmError> {
+        let what = "cannot read the VMM's metrics";
+        let path = vm.run_dir.join(args::HOST_DIR_NAME);
+        let failed = |source| VmmError::Io { what: format!("{what} from {}", path.join(args::METRICS).display()), source };
+        let pipe = Scratch::open(&path).and_then(|dir| metrics::open(&dir, args::METRICS)).map_err(failed)?;
+        // What nobody read is in the way of what is new.
+        metrics::drain(&pipe).map_err(failed)?;
+        let (found, _socket) = self.attach(what, vm)?;
+        match found {
+            Found::Running(mut api) => api.flush_metrics(),
+            Found::Paused(mut api) => api.flush_metrics(),
+            Found::Preboot(_) => return Err(VmmError::Failed { what, why: "it was never started".into() }),
+        }
+        .map_err(|error| self.call_failed(what, vm, error))?;
+        let text = metrics::drain(&pipe).map_err(failed)?;
+        metrics::newest(&text).ok_or_else(|| VmmError::Failed { what, why: "Firecracker wrote none when it was asked to".into() })
+    }
+
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {
         process::stats(&vm.process).ok_or(VmmError::Gone { what: "cannot read what the virtual machine uses" })
     }
@@ -691,7 +712,8 @@ fn reason(log: &str) -> Option<String> {
     if log.contains("Vmm is stopping") || log.contains("exit_code=0") {
         return Some("its guest restarted or panicked, which ends it; `mvm logs --source console` has its last words".into());
     }
-    let last = log.split("; ").last().unwrap_or_default().trim();
+    // A pipe of metrics that nobody reads is full after some minutes, which it says each minute.
+    let last = log.split("; ").filter(|line| !line.contains("Failed to write metrics")).last().unwrap_or_default().trim();
     (!last.is_empty()).then(|| last.to_owned())
 }
 
@@ -737,6 +759,7 @@ mod tests {
         assert!(reason(bad).unwrap().contains("at system call 232"));
         assert!(reason("x; Vmm is stopping.").unwrap().contains("restarted or panicked"));
         assert_eq!(reason("one; the other").as_deref(), Some("the other"));
+        assert_eq!(reason("one; [x:main:ERROR] Failed to write metrics: full").as_deref(), Some("one"));
         assert_eq!(reason(""), None);
     }
 }

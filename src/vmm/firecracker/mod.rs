@@ -6,7 +6,7 @@
 //!  kernel, initrd, root    --> /image/kernel, /image/initrd, /drives/root      mounted, read-only
 //!  data disk               --> /drives/data                                    mounted
 //!  secrets, configuration  --> /drives/secrets, /drives/config                 copied into the jail's memory
-//!  <run>/<instance>/jail   <-> /host/{api.sock, v.sock, firecracker.log}       mounted
+//!  <run>/<instance>/jail   <-> /host/{api.sock, v.sock, firecracker.log, metrics}   mounted
 //!  <instance>/vmm          <-- /scratch/{state, memory}                        mounted; what a snapshot is written to
 //!  <instance>/snapshot     --> /restore/{state, memory}                        mounted, read-only, for a wake
 //!  TAP, by name, kept until Firecracker has it
@@ -22,6 +22,7 @@
 mod args;
 mod driver;
 mod jail;
+mod metrics;
 mod snapshot;
 mod versions;
 

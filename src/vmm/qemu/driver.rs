@@ -77,6 +77,11 @@ impl Qemu {
         Self { binary: OnceLock::new(), options, facts: Mutex::new(None), children: Children::default() }
     }
 
+    /// Whether somebody chose how guests are executed.
+    pub(in crate::vmm) fn was_told_how(&self) -> bool {
+        self.options.acceleration != AccelerationChoice::Auto
+    }
+
     /// Finds the program.
     ///
     /// # Errors

@@ -1,0 +1,100 @@
+//! What users see of the VMM: which one is chosen, what it counts.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
+
+use serde_json::Value;
+
+use crate::rig::{Driver, ONE, Rig, on_a_host, on_a_host_of};
+
+fn acceleration(rig: &Rig, args: &[&str]) -> String {
+    let words = [&["node", "info", "--output", "json"], args].concat();
+    let info: Value = serde_json::from_str(&rig.ok(&words)).unwrap();
+    info["acceleration"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn whoever_gets_software_without_asking_for_it_is_told() {
+    on_a_host(1, |rig| {
+        let file = rig.file("fleet.toml", ONE);
+        let warned = |args: &[&str]| {
+            let ran = rig.ran(args);
+            assert!(ran.status.success(), "{}", ran.err);
+            ran.err.contains("mvm: warning: guests run in software (TCG)")
+        };
+        // No Firecracker is there: whether this host's KVM boots a guest decides.
+        let auto = ["--vmm", "auto", "--firecracker", "/nonexistent"];
+        assert!(!warned(&[&["plan", "-f", &file], &auto[..]].concat()), "nothing was started");
+        let first = warned(&[&["apply", "-f", &file], &auto[..]].concat());
+        assert_eq!(first, acceleration(rig, &auto) == "tcg");
+        assert!(!warned(&[&["apply", "-f", &file], &auto[..]].concat()), "nothing was started again");
+        let at = rig.only();
+        rig.ok(&["instance", "sleep", &at]);
+        assert_eq!(warned(&[&["instance", "wake", &at], &auto[..]].concat()), first);
+        rig.ok(&["instance", "stop", "--force", &at]);
+        assert!(!warned(&["instance", "start", &at, "--vmm", "auto", "--firecracker", "/nonexistent", "--accel", "tcg"]), "it was chosen");
+        rig.prune();
+    });
+}
+
+#[test]
+fn a_snapshot_made_in_software_is_not_woken_in_production() {
+    on_a_host(1, |rig| {
+        rig.apply(ONE);
+        let at = rig.only();
+        rig.ok(&["instance", "sleep", &at]);
+        if acceleration(rig, &[]) == "tcg" {
+            let said = rig.ran(&["instance", "wake", &at, "--production"]).err;
+            assert!(said.contains("no boundary") && said.contains("--production"), "{said}");
+            assert_eq!((rig.state_of(&at), rig.machines()), ("Sleeping".to_owned(), vec![]));
+        }
+        rig.ok(&["instance", "wake", &at]);
+        assert_eq!(rig.state_of(&at), "Running");
+        rig.prune();
+    });
+}
+
+#[test]
+fn what_firecracker_counts_is_shown_however_full_its_pipe_is() {
+    on_a_host_of(Driver::Firecracker, 1, |rig| {
+        rig.apply(ONE);
+        let at = rig.only();
+        let shown = || {
+            let all: Value = serde_json::from_str(&rig.ok(&["instance", "metrics", &at, "--output", "json"])).unwrap();
+            assert!(all["utc_timestamp_ms"].is_u64() && all["seccomp"]["num_faults"] == 0, "{all}");
+        };
+        shown();
+        // Nobody reads it for an hour: it is full, and ends with half a line.
+        let path = rig.run_dir().join("instances").join(at.rsplit('/').next().unwrap()).join("jail/metrics");
+        let mut pipe = fs::File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        while pipe.write(b"{\"utc_timestamp_ms\":1,\"half").is_ok() {}
+        let pid = rig.pid_of(&at);
+        shown();
+        rig.ok(&["instance", "warm", &at]);
+        shown();
+        let table = rig.ok(&["instance", "metrics", &at]);
+        assert!(table.starts_with("NAME") && !table.contains("num_faults"), "{table}");
+        // Something else in its place is not read, and harms nothing.
+        fs::remove_file(&path).unwrap();
+        symlink("/proc/kmsg", &path).unwrap();
+        let said = rig.fails(1, &["instance", "metrics", &at]);
+        assert!(said.contains(path.to_str().unwrap()), "{said}");
+        rig.ok(&["instance", "resume", &at]);
+        assert_eq!(rig.pid_of(&at), pid);
+        rig.ok(&["instance", "stop", "--force", &at]);
+        let said = rig.fails(4, &["instance", "metrics", &at]);
+        assert!(said.contains("is Stopped") && said.contains("mvm instance start"), "{said}");
+        rig.prune();
+    });
+}
+
+#[test]
+fn a_vmm_that_counts_nothing_says_so() {
+    on_a_host(1, |rig| {
+        rig.apply(ONE);
+        let said = rig.fails(1, &["instance", "metrics", &rig.only()]);
+        assert!(said.contains("qemu keeps none") && said.contains("mvm instance stats"), "{said}");
+        rig.prune();
+    });
+}
