@@ -7,7 +7,8 @@
 //! ```
 //!
 //! At the root of the hierarchy, since VMMs outlive the unit or session that mvm was started in. A process that makes a group holds
-//! a lock on its directory until somebody has joined it, so that a sweep does not take it for one that was left.
+//! a lock on its directory until somebody has joined it, so that a sweep does not take it for one that was left. The directory is
+//! root's only: nobody else can hold that lock.
 
 use std::fmt;
 use std::fs;
@@ -144,7 +145,8 @@ impl Hierarchy {
             if keep(instance) {
                 continue;
             }
-            let place = self.place(node, instance)?;
+            // Another name was not given by mvm.
+            let Ok(place) = self.place(node, instance) else { continue };
             let Some(dir) = place.open()? else { continue };
             if flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok() && !place.is_populated(&dir)? && place.remove()? {
                 removed.push(entry.path());
@@ -281,10 +283,13 @@ impl Place {
         self.hierarchy.ensure_base()?;
         let path = self.path();
         let what = || format!("cannot make the cgroup {}", path.display());
-        if let Err(Errno::EXIST) = mkdirat(rustix::fs::CWD, &path, DIRECTORY) {
-            self.end()?;
-            self.hierarchy.ensure_base()?;
-            mkdirat(rustix::fs::CWD, &path, DIRECTORY).during(what)?;
+        match mkdirat(rustix::fs::CWD, &path, Mode::RWXU) {
+            Err(Errno::EXIST) => {
+                self.end()?;
+                self.hierarchy.ensure_base()?;
+                mkdirat(rustix::fs::CWD, &path, Mode::RWXU).during(what)?;
+            }
+            other => other.during(what)?,
         }
         let dir = self.open()?.ok_or(Errno::NOENT).during(what)?;
         flock(&dir, FlockOperation::LockExclusive).during(what)?;
@@ -403,8 +408,6 @@ impl fmt::Display for Place {
         write!(f, "{}", self.path().display())
     }
 }
-
-const DIRECTORY: Mode = Mode::RWXU.union(Mode::RGRP).union(Mode::XGRP).union(Mode::ROTH).union(Mode::XOTH);
 
 /// What the kernel answers for a group that was removed: by its name, or by what was open of it.
 fn is_gone(error: &io::Error) -> bool {
@@ -672,7 +675,7 @@ mod tests {
         let hierarchy = Hierarchy { root: top.path().to_owned() };
         assert_eq!(hierarchy.sweep("node", |_| false).unwrap(), Vec::<PathBuf>::new());
         let base = top.path().join(BASE);
-        for name in ["node.i-1", "node.i-2", "node.i-3", "other.i-1", "node2.i-1"] {
+        for name in ["node.i-1", "node.i-2", "node.i-3", "node.Not Ours", "other.i-1", "node2.i-1"] {
             fs::create_dir_all(base.join(name)).unwrap();
         }
         let making = hierarchy.place("node", "i-3").unwrap().open().unwrap().unwrap();
@@ -681,6 +684,7 @@ mod tests {
         drop(making);
         assert_eq!(hierarchy.sweep("node", |_| false).unwrap().len(), 2);
         assert!(base.join("other.i-1").exists() && base.join("node2.i-1").exists());
+        fs::remove_dir(base.join("node.Not Ours")).unwrap();
         for name in ["other", "node2"] {
             assert_eq!(hierarchy.sweep(name, |_| false).unwrap().len(), 1);
         }

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
@@ -90,6 +91,7 @@ fn written(place: &Place) {
     let disks = vec![DiskLimit { device: disk, bytes_per_second: 3_000_000 }];
     // No whole number of pages.
     let group = place.make(&Limits { memory_bytes: 16 * MIB + 1000, processors: 3, tasks: 77, disks }).unwrap();
+    assert_eq!(fs::metadata(place.path()).unwrap().permissions().mode() & 0o777, 0o700, "nobody else can lock it");
     assert_eq!(read(place, "memory.max"), (16 * MIB).to_string());
     assert_eq!(read(place, "memory.oom.group"), "1");
     assert_eq!(read(place, "cpu.max"), "300000 100000");
