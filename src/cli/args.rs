@@ -156,6 +156,18 @@ pub struct SpecArgs {
     /// Data disk of each instance, in MiB
     #[arg(long, value_name = "MIB")]
     data_disk_mib: Option<u64>,
+    /// What each drive of an instance may move in a second, in MiB; 0 for no limit
+    #[arg(long, value_name = "MIB")]
+    drive_mib_per_second: Option<u32>,
+    /// How often in a second an instance may read from or write to each of its drives; 0 for no limit
+    #[arg(long, value_name = "N")]
+    drive_iops: Option<u32>,
+    /// What an instance may send and receive in a second, in Mbit each; 0 for no limit
+    #[arg(long, value_name = "MBIT")]
+    net_mbit_per_second: Option<u32>,
+    /// Whether memory that guests free goes back to the host while they run
+    #[arg(long, value_name = "true|false")]
+    reclaim_memory: Option<bool>,
     /// How many instances run
     #[arg(long, value_name = "N")]
     pub running: Option<u32>,
@@ -237,6 +249,11 @@ impl SpecArgs {
         set(&mut spec.instance_resources.vcpus, &self.vcpus);
         set(&mut spec.instance_resources.mem_mib, &self.mem_mib);
         set(&mut spec.instance_resources.data_disk_mib, &self.data_disk_mib);
+        let limit = |given: Option<u32>| given.map(|rate| Some(rate).filter(|rate| *rate > 0));
+        set(&mut spec.instance_resources.drive_mib_per_second, &limit(self.drive_mib_per_second));
+        set(&mut spec.instance_resources.drive_iops, &limit(self.drive_iops));
+        set(&mut spec.instance_resources.net_mbit_per_second, &limit(self.net_mbit_per_second));
+        set(&mut spec.instance_resources.reclaim_memory, &self.reclaim_memory);
         set(&mut spec.desired_counts.running, &self.running);
         set(&mut spec.desired_counts.warm, &self.warm);
         set(&mut spec.desired_counts.sleeping, &self.sleeping);

@@ -258,6 +258,7 @@ fn info(globals: &Globals, node: &Node, at: &InstanceAddress) -> Result<(), CliE
         ("vcpus", one.doc.blueprint.resources.vcpus.to_string()),
         ("memory MiB", row.mem_mib.to_string()),
         ("data disk MiB", one.doc.blueprint.resources.data_disk_mib.to_string()),
+        ("limits", one.doc.blueprint.resources.limits()),
         ("revision", row.revision.clone().unwrap_or_default()),
         ("config version", row.config_version.to_string()),
         ("secrets epoch", row.secrets_epoch.to_string()),

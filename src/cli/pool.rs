@@ -335,6 +335,7 @@ fn info(globals: &Globals, node: &Node, pool: &PoolAddress) -> Result<(), CliErr
         ("vcpus", row.vcpus.to_string()),
         ("memory MiB", row.mem_mib.to_string()),
         ("data disk MiB", row.data_disk_mib.to_string()),
+        ("limits", spec.instance_resources.limits()),
         ("depends on", spec.depends_on.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")),
         ("pinned", spec.pinned.to_string()),
         ("critical", spec.critical.to_string()),

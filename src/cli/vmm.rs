@@ -9,7 +9,7 @@ use super::exit::{CliError, Exit};
 use super::open::{AccelChoice, Globals, VmmChoice, find_qemu};
 use crate::infra::paths::Paths;
 use crate::vmm::drivers::{Demand, DriverChoice, Drivers};
-use crate::vmm::firecracker::{Firecracker, FirecrackerOptions, Rates, VERSIONS_DIR};
+use crate::vmm::firecracker::{Firecracker, FirecrackerOptions, VERSIONS_DIR};
 use crate::vmm::qemu::{AccelerationChoice, Qemu, QemuOptions};
 
 /// Options of the drivers.
@@ -44,12 +44,6 @@ pub struct VmmOptions {
     /// The pages that Firecracker makes guest memory of
     #[arg(long, global = true, env = "MVM_HUGE_PAGES", default_value = "none", value_name = "PAGES", help_heading = "Global options")]
     pub huge_pages: WhichPages,
-    /// What each drive of a guest may move in a second under Firecracker, in MiB
-    #[arg(long, global = true, env = "MVM_DRIVE_MIB_PER_SECOND", value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Global options")]
-    pub drive_mib_per_second: Option<u32>,
-    /// What a guest's network interface may move in a second and each direction under Firecracker, in Mbit
-    #[arg(long, global = true, env = "MVM_NET_MBIT_PER_SECOND", value_name = "MBIT", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Global options")]
-    pub net_mbit_per_second: Option<u32>,
     /// Arguments for guests' kernels under Firecracker, before those of their images, separated by spaces
     #[arg(
         long,
@@ -130,7 +124,6 @@ pub fn firecracker(globals: &Globals, paths: &Paths) -> Firecracker {
             WhichPages::None => HugePages::None,
             WhichPages::TwoMib => HugePages::TwoMib,
         },
-        rates: Rates { drive_mib: options.drive_mib_per_second, net_mbit: options.net_mbit_per_second },
         kernel_args: words(&options.kernel_args),
         extra: words(&options.firecracker_args),
     })

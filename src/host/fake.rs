@@ -453,7 +453,7 @@ mod tests {
     #[test]
     fn a_port_needs_its_bridge_and_its_rules_first() {
         let host = FakeHost::new();
-        let instance = InstanceNetwork { tenant: network(), offset: crate::net::InstanceOffset(0), forwards: false };
+        let instance = InstanceNetwork { tenant: network(), offset: crate::net::InstanceOffset(0), forwards: false, mbit: None };
         host.ensure_tenant_network(&network()).unwrap();
         assert!(host.create_tap(&instance, None).is_err());
         host.apply_ruleset(&Ruleset { tenants: vec![(network(), vec![instance])], ..Ruleset::default() }).unwrap();

@@ -22,7 +22,7 @@ use super::{Image, ImageError, Inputs, Manifest, agent_binary, initramfs, kernel
 pub type Progress<'a> = &'a dyn Fn(&str);
 
 /// Changes whenever the same inputs make another image.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 /// Kernel arguments that a guest of the built-in image starts best with.
 ///
 /// The kernel's own tests of its cryptography are two thirds of the instructions until the guest is ready (QEMU 7.2,

@@ -11,10 +11,12 @@ use super::{ImageError, kernel};
 
 /// Modules by virtio device: loaded when such a device is there (numbers: virtio specification 1.2, chapter 5).
 /// 0 is for those that every guest needs.
-const WANTED: [(&str, u32); 6] =
-    [("virtio_mmio", 0), ("virtio_blk", 2), ("virtio_console", 3), ("virtio_net", 1), ("virtio_rng", 4), (VSOCK, 19)];
-/// Not every kernel has it, and QEMU's guests do without.
+const WANTED: [(&str, u32); 7] =
+    [("virtio_mmio", 0), ("virtio_blk", 2), ("virtio_console", 3), ("virtio_net", 1), ("virtio_rng", 4), (BALLOON, 5), (VSOCK, 19)];
+const BALLOON: &str = "virtio_balloon";
 const VSOCK: &str = "vmw_vsock_virtio_transport";
+/// Not every kernel has them, and guests do without.
+const DISPENSABLE: [&str; 2] = [BALLOON, VSOCK];
 
 /// One module for the initramfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +41,7 @@ pub fn resolve(directory: &Path) -> Result<Vec<Module>, ImageError> {
     let builtin: BTreeSet<String> = builtin.lines().filter_map(|line| module_name(Path::new(line))).collect();
     let mut order = Order { files, builtin, done: BTreeSet::new(), modules: Vec::new() };
     for (name, device) in WANTED {
-        if name == VSOCK && !order.files.contains_key(name) {
+        if DISPENSABLE.contains(&name) && !order.files.contains_key(name) {
             continue;
         }
         order.add(name, device, &mut Vec::new())?;

@@ -25,6 +25,8 @@
 //! Nothing from outside reaches an instance but replies to what it, or the host, began, and what comes to a port of the host that a
 //! pool exposes: of several instances that take it, each has its turn.
 //!
+//! What an instance may move in a second is bounded at its port where its pool says so; what is beyond is dropped.
+//!
 //! Everything is keyed by interface *names*, so that a TAP may come and go without the ruleset changing, and by sets, so
 //! that a frame's cost does not grow with the number of instances. Names that begin with `br-tenant-`, or with `tn` and a
 //! digit, are mvm's on the whole host: an interface of such a name that no rule lists passes nothing (`meta ibrname`,
@@ -104,6 +106,8 @@ pub struct InstanceNetwork {
     pub offset: InstanceOffset,
     /// Whether it may send packets from the addresses of its tenant's other instances, which it forwards: a gateway.
     pub forwards: bool,
+    /// What it may send and receive in a second, in Mbit (10^6 bits) each.
+    pub mbit: Option<u32>,
 }
 
 impl InstanceNetwork {
@@ -197,6 +201,7 @@ impl Ruleset {
         tenants.sort_by_key(|(tenant, _)| tenant.net_id);
         let mut ports = Vec::new();
         let mut forwarders = Vec::new();
+        let mut limited = Vec::new();
         for (tenant, instances) in &tenants {
             let builder = tenant.builder();
             ports.push(format!("\"{}\" . {} . {}", builder.tap(), builder.mac(), builder.address()));
@@ -205,6 +210,7 @@ impl Ruleset {
             for instance in instances {
                 let (tap, mac) = (tap_name(tenant.net_id, instance.offset), instance_mac(tenant.net_id, instance.offset));
                 ports.push(format!("\"{tap}\" . {mac} . {}", tenant.subnet.instance(instance.offset)?));
+                limited.extend(instance.mbit.map(|mbit| (tap.clone(), mbit)));
                 if instance.forwards {
                     let first = tenant.subnet.instance(InstanceOffset(0))?;
                     let last = Ipv4Addr::from_bits(tenant.subnet.broadcast().to_bits() - 1);
@@ -254,6 +260,9 @@ impl Ruleset {
         set(&mut text, "port", "ifname . ether_addr . ipv4_addr", "", ports);
         set(&mut text, "builder", "ifname", "", tenants.iter().map(|(tenant, _)| format!("\"{}\"", tenant.builder().tap())));
         set(&mut text, "forwarder", "ifname . ether_addr . ipv4_addr", "interval", forwarders);
+        for (direction, limits) in [("from", &limited), ("to", &limited)] {
+            limit(&mut text, direction, limits);
+        }
         text.push_str(BRIDGE_CHAINS);
         text.push_str("}\n");
         Ok(text)
@@ -270,6 +279,24 @@ impl Ruleset {
     pub fn name_of(text: &str) -> String {
         blake3::hash(text.as_bytes()).to_hex()[..32].to_owned()
     }
+}
+
+/// What ports may move in one direction: a chain for each, and a map that leads there.
+fn limit(text: &mut String, direction: &str, limits: &[(String, u32)]) {
+    // A fifth of a second at once, so that what a VMM has shaped to the same rate passes whole; packets of guests have up to 64 KiB.
+    const LEAST_BURST: u64 = 1 << 18;
+    const MOST_BURST: u64 = 1 << 30;
+    for (tap, mbit) in limits {
+        let rate = u64::from(*mbit) * 125_000;
+        let burst = (rate / 5).clamp(LEAST_BURST, MOST_BURST);
+        let _ = writeln!(text, "\tchain {direction}_{tap} {{\n\t\tlimit rate over {rate} bytes/second burst {burst} bytes drop\n\t}}");
+    }
+    let _ = writeln!(text, "\tmap limited_{direction} {{\n\t\ttype ifname : verdict");
+    if !limits.is_empty() {
+        let elements: Vec<String> = limits.iter().map(|(tap, _)| format!("\t\t\t\"{tap}\" : jump {direction}_{tap}")).collect();
+        let _ = writeln!(text, "\t\telements = {{\n{}\n\t\t}}", elements.join(",\n"));
+    }
+    text.push_str("\t}\n");
 }
 
 fn set(text: &mut String, name: &str, kind: &str, flags: &str, elements: impl IntoIterator<Item = impl Display>) {
@@ -367,7 +394,13 @@ const INET_CHAINS: &str = r#"
 const BRIDGE_CHAINS: &str = r#"
 	chain prerouting {
 		type filter hook prerouting priority dstnat; policy accept;
+		iifname vmap @limited_from
 		iifname @ours goto from_port
+	}
+
+	chain postrouting {
+		type filter hook postrouting priority filter; policy accept;
+		oifname vmap @limited_to
 	}
 
 	chain forward {
@@ -399,7 +432,7 @@ mod tests {
 
     fn tenant(net_id: u64, subnet: &str, instances: &[(u16, bool)]) -> (TenantNetwork, Vec<InstanceNetwork>) {
         let tenant = TenantNetwork { net_id: net_id.try_into().unwrap(), subnet: subnet.parse().unwrap() };
-        let place = |&(offset, forwards)| InstanceNetwork { tenant, offset: InstanceOffset(offset), forwards };
+        let place = |&(offset, forwards)| InstanceNetwork { tenant, offset: InstanceOffset(offset), forwards, mbit: None };
         (tenant, instances.iter().map(place).collect())
     }
 
@@ -415,6 +448,8 @@ mod tests {
         };
         let exposed =
             vec![exposed(Protocol::Udp, 53, 53, &["10.240.5.3"]), exposed(Protocol::Tcp, 8443, 443, &["10.240.5.3", "10.240.5.4"])];
+        let mut tenants = tenants;
+        tenants[0].1[0].mbit = Some(10);
         insta::assert_snapshot!(Ruleset { tenants, exposed }.render().unwrap());
     }
 

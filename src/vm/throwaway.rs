@@ -18,7 +18,7 @@ use super::error::LifecycleError;
 use super::node::{Node, VmmUids};
 use super::pool::{Image, PoolSpec};
 use crate::host::{DriveFile, DriveLabel};
-use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, VmHandle, VmSpec, VmmError};
+use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Rates, VmHandle, VmSpec, VmmError};
 
 /// The uid of a throw-away machine is this number and the pid of its caller, which Linux keeps below 2^22: below those of instances,
 /// which begin at `0x7000_0000`.
@@ -108,6 +108,8 @@ impl Node {
                 Drive { name: "config", file: config, access: DriveAccess::ReadOnly },
             ],
             nic: None,
+            rates: Rates::default(),
+            reclaim_memory: false,
             run_dir: dir.clone(),
             scratch: None,
             console_log: dir.join("console.log"),

@@ -193,7 +193,7 @@ mod tests {
     fn each_quota_refuses_what_adds_and_allows_what_does_not() {
         let tenant: TenantId = "acme".parse().unwrap();
         let pool: PoolId = "web".parse().unwrap();
-        let resources = InstanceResources { vcpus: 2, mem_mib: 512, data_disk_mib: 1500 };
+        let resources = InstanceResources { vcpus: 2, mem_mib: 512, data_disk_mib: 1500, ..InstanceResources::default() };
         let mut one = Usage::default();
         one.add_instance(&pool, resources.data_disk_mib);
         one.enter(StateName::Running, &resources);

@@ -25,8 +25,12 @@ pub struct Capabilities {
     pub cpu_templates: bool,
     /// Whether guest memory can be made of huge pages.
     pub huge_pages: bool,
-    /// Whether what drives and interfaces move is bounded by choice.
-    pub rate_limits: bool,
+    /// Whether what drives move is bounded by choice.
+    pub drive_limits: bool,
+    /// What bounds what interfaces move.
+    pub net_limits: &'static str,
+    /// Whether memory that guests free can go back to the host.
+    pub reclaims_memory: bool,
     /// Whether it counts what its devices do.
     pub metrics: bool,
     /// Whether the calls of a start are shown by `--timings`.
@@ -50,7 +54,9 @@ impl VmmKind {
                 guest_channel: "vsock",
                 cpu_templates: true,
                 huge_pages: true,
-                rate_limits: true,
+                drive_limits: true,
+                net_limits: "shaped, and the packet filter",
+                reclaims_memory: true,
                 metrics: true,
                 timings: true,
             },
@@ -64,7 +70,9 @@ impl VmmKind {
                 guest_channel: "virtio-serial",
                 cpu_templates: false,
                 huge_pages: false,
-                rate_limits: false,
+                drive_limits: true,
+                net_limits: "the packet filter",
+                reclaims_memory: false,
                 metrics: false,
                 timings: false,
             },
@@ -78,7 +86,9 @@ impl VmmKind {
                 guest_channel: "in the simulation",
                 cpu_templates: false,
                 huge_pages: false,
-                rate_limits: false,
+                drive_limits: false,
+                net_limits: "nothing moves",
+                reclaims_memory: false,
                 metrics: false,
                 timings: false,
             },
@@ -89,7 +99,7 @@ impl VmmKind {
 /// Writes the drivers and what they can do as a table in Markdown.
 pub fn table() -> String {
     type Show = fn(&Capabilities) -> String;
-    let rows: [(&str, Show); 12] = [
+    let rows: [(&str, Show); 14] = [
         ("between guest and host", |one| one.boundary.to_owned()),
         ("runs guests without usable KVM", |one| yes_or_no(one.runs_without_kvm)),
         ("a machine can end with its caller (`mvm run`, builds)", |one| yes_or_no(one.ends_with_caller)),
@@ -99,7 +109,9 @@ pub fn table() -> String {
         ("way to the guest agent", |one| one.guest_channel.to_owned()),
         ("`--cpu-template`", |one| yes_or_no(one.cpu_templates)),
         ("`--huge-pages`", |one| yes_or_no(one.huge_pages)),
-        ("`--drive-mib-per-second`, `--net-mbit-per-second`", |one| yes_or_no(one.rate_limits)),
+        ("`drive_mib_per_second`, `drive_iops` of a pool", |one| yes_or_no(one.drive_limits)),
+        ("`net_mbit_per_second` of a pool", |one| one.net_limits.to_owned()),
+        ("`reclaim_memory` of a pool", |one| yes_or_no(one.reclaims_memory)),
         ("`mvm instance metrics`", |one| yes_or_no(one.metrics)),
         ("`--timings`", |one| yes_or_no(one.timings)),
     ];

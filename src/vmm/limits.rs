@@ -10,15 +10,6 @@ use mvm_hostd::facts::{is_file_in_memory, is_in_memory};
 
 use super::{DriveAccess, VmSpec, VmmError};
 
-/// What a driver says of its process.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Needs {
-    /// Memory besides the guest's, in MiB ([`super::Vmm::overhead_mib`]).
-    pub overhead_mib: u32,
-    /// What each drive may move, where that is bounded.
-    pub drive_bytes_per_second: Option<u64>,
-}
-
 /// Memory besides all that is counted, in MiB: what an overhead was seen to be is no promise of the next release, and logs may be in
 /// memory. No guest should end for either.
 const SPARE_MIB: u64 = 64;
@@ -38,10 +29,11 @@ const OWN_TASKS: u64 = 128;
 /// time.
 const WHOLE_MEMORY_SECONDS: u64 = 60;
 
-/// Makes the group of a machine that is about to start, where this host has limits.
-pub(super) fn group(spec: &VmSpec, needs: Needs) -> Result<Option<Group>, VmmError> {
+/// Makes the group of a machine that is about to start, where this host has limits. `overhead_mib` is what the driver's
+/// [`super::Vmm::overhead_mib`] says.
+pub(super) fn group(spec: &VmSpec, overhead_mib: u32) -> Result<Option<Group>, VmmError> {
     let Some(place) = &spec.limits else { return Ok(None) };
-    let group = place.make(&limits(spec, needs)?).map_err(|error| match error {
+    let group = place.make(&limits(spec, overhead_mib)?).map_err(|error| match error {
         HostdError::Io { what, source } => VmmError::Io { what, source },
         HostdError::Refused { what, why } => VmmError::Failed { what: "cannot limit the VMM", why: format!("{what}: {why}") },
     })?;
@@ -54,11 +46,11 @@ pub(super) fn procs(group: Option<&Group>) -> Result<Option<OwnedFd>, VmmError> 
     procs.map_err(|source| VmmError::Io { what: "cannot hand over a cgroup".into(), source })
 }
 
-fn limits(spec: &VmSpec, needs: Needs) -> Result<Limits, VmmError> {
+fn limits(spec: &VmSpec, overhead_mib: u32) -> Result<Limits, VmmError> {
     let guest = u64::from(spec.mem_mib) << 20;
-    let besides = (u64::from(needs.overhead_mib) + SPARE_MIB) << 20;
-    let disks = match needs.drive_bytes_per_second {
-        Some(rate) => disks(spec, rate)?,
+    let besides = (u64::from(overhead_mib) + SPARE_MIB) << 20;
+    let disks = match spec.rates.drive_mib {
+        Some(rate) => disks(spec, u64::from(rate) << 20)?,
         None => Vec::new(),
     };
     Ok(Limits {
@@ -117,7 +109,7 @@ mod tests {
     use mvm_types::{InstanceAddress, InstanceId};
 
     use super::*;
-    use crate::vmm::{Drive, Lifetime};
+    use crate::vmm::{Drive, Lifetime, Rates};
 
     const MIB: u64 = 1 << 20;
 
@@ -134,6 +126,8 @@ mod tests {
             kernel_args: Vec::new(),
             drives,
             nic: None,
+            rates: Rates::default(),
+            reclaim_memory: false,
             run_dir: "/run".into(),
             scratch: scratch.map(Path::to_owned),
             console_log: "/console".into(),
@@ -150,22 +144,20 @@ mod tests {
 
     #[test]
     fn a_machine_may_use_what_it_was_given_and_what_its_vmm_needs() {
-        let needs = Needs { overhead_mib: 24, drive_bytes_per_second: None };
         let read_only = in_memory("config", DriveAccess::ReadOnly);
-        let told = limits(&spec(vec![read_only], None), needs).unwrap();
+        let told = limits(&spec(vec![read_only], None), 24).unwrap();
         let expected = Limits { memory_bytes: (850 + 10 + 24 + 64) * MIB, processors: 4, tasks: 131, disks: Vec::new() };
         assert_eq!(told, expected);
-        assert!(group(&spec(Vec::new(), None), needs).unwrap().is_none(), "a host without limits");
+        assert!(group(&spec(Vec::new(), None), 24).unwrap().is_none(), "a host without limits");
     }
 
     #[test]
     fn files_that_are_memory_are_counted() {
-        let needs = Needs { overhead_mib: 0, drive_bytes_per_second: None };
-        let bare = limits(&spec(Vec::new(), None), needs).unwrap().memory_bytes;
+        let bare = limits(&spec(Vec::new(), None), 0).unwrap().memory_bytes;
         let data = in_memory("data", DriveAccess::ReadWrite);
-        assert_eq!(limits(&spec(vec![data], None), needs).unwrap().memory_bytes, bare + 100 * MIB);
+        assert_eq!(limits(&spec(vec![data], None), 0).unwrap().memory_bytes, bare + 100 * MIB);
         // A file system in memory on every Linux.
-        let there = limits(&spec(Vec::new(), Some(Path::new("/dev/shm/vmm"))), needs).unwrap().memory_bytes;
+        let there = limits(&spec(Vec::new(), Some(Path::new("/dev/shm/vmm"))), 0).unwrap().memory_bytes;
         assert_eq!(there, bare + 850 * MIB);
     }
 
@@ -179,14 +171,17 @@ mod tests {
             return assert_eq!(disk_of(std::fs::metadata("/dev/shm").unwrap().dev()), None);
         };
         let open = |name| Drive { name, file: File::open(path).unwrap().into(), access: DriveAccess::ReadOnly };
-        let limited = |rate| {
-            let drives = vec![open("root"), open("data"), in_memory("config", DriveAccess::ReadOnly)];
-            limits(&spec(drives, None), Needs { overhead_mib: 0, drive_bytes_per_second: Some(rate) }).unwrap().disks
+        let limits_with = |mib, drives, scratch| {
+            let rates = Rates { drive_mib: Some(mib), ..Rates::default() };
+            limits(&VmSpec { rates, ..spec(drives, scratch) }, 0).unwrap().disks
         };
-        assert_eq!(limited(50 * MIB), [DiskLimit { device: disk, bytes_per_second: 100 * MIB }]);
-        assert_eq!(limited(MIB), [DiskLimit { device: disk, bytes_per_second: 850 * MIB / 60 }]);
+        let limited = |mib| {
+            let drives = vec![open("root"), open("data"), in_memory("config", DriveAccess::ReadOnly)];
+            limits_with(mib, drives, None)
+        };
+        assert_eq!(limited(50), [DiskLimit { device: disk, bytes_per_second: 100 * MIB }]);
+        assert_eq!(limited(1), [DiskLimit { device: disk, bytes_per_second: 850 * MIB / 60 }]);
         let scratch = Path::new(path).join("vmm");
-        let only = limits(&spec(Vec::new(), Some(&scratch)), Needs { overhead_mib: 0, drive_bytes_per_second: Some(MIB) }).unwrap();
-        assert_eq!(only.disks, [DiskLimit { device: disk, bytes_per_second: 850 * MIB / 60 }]);
+        assert_eq!(limits_with(1, Vec::new(), Some(&scratch)), [DiskLimit { device: disk, bytes_per_second: 850 * MIB / 60 }]);
     }
 }

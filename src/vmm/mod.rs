@@ -110,6 +110,18 @@ pub struct Nic {
     pub mac: [u8; 6],
 }
 
+/// What a guest's devices may move in a second.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Of each drive, in MiB.
+    pub drive_mib: Option<u32>,
+    /// How often each drive is read from or written to.
+    pub drive_iops: Option<u32>,
+    /// Of the network interface in each direction, in Mbit (10^6 bits). Where a driver does not shape it, the packet filter of the
+    /// TAP's bridge drops what is beyond.
+    pub net_mbit: Option<u32>,
+}
+
 /// How long a virtual machine outlives whoever started it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lifetime {
@@ -146,6 +158,10 @@ pub struct VmSpec {
     pub drives: Vec<Drive>,
     /// The network interface, where there is one.
     pub nic: Option<Nic>,
+    /// What drives and interface may move.
+    pub rates: Rates,
+    /// Whether memory that the guest frees goes back to the host, where the driver can do that.
+    pub reclaim_memory: bool,
     /// An existing directory, root's only, for the sockets.
     pub run_dir: PathBuf,
     /// A directory on a disk, below one that is root's only, in which the driver may make what the VMM writes to; none for a machine

@@ -32,7 +32,7 @@ fn tenant(net_id: u64) -> TenantNetwork {
 }
 
 fn instance(net_id: u64, offset: u16) -> InstanceNetwork {
-    InstanceNetwork { tenant: tenant(net_id), offset: InstanceOffset(offset), forwards: false }
+    InstanceNetwork { tenant: tenant(net_id), offset: InstanceOffset(offset), forwards: false, mbit: None }
 }
 
 fn rules(instances: &[InstanceNetwork]) -> Ruleset {
@@ -87,6 +87,39 @@ fn instances_of_one_tenant_reach_each_other() {
         // And to all of them at once.
         a.send(&a.datagram_to(EVERYONE, a.address | Ipv4Addr::new(0, 0, 0, 255), 5353, b"all"));
         b.receive(PATIENCE, |frame| frame.windows(3).any(|window| window == b"all")).expect("the broadcast arrives");
+    });
+}
+
+#[test]
+fn what_a_guest_moves_is_bounded_at_its_port_in_both_directions() {
+    with_and_without_bridge_netfilter(|| {
+        let node = node();
+        // 1 Mbit a second is 125,000 bytes, and 256 KiB at once.
+        let slow = InstanceNetwork { mbit: Some(1), ..instance(5, 1) };
+        let [a, slow, c] = node.guests([instance(5, 0), slow, instance(5, 2)]);
+        const FRAMES: usize = 1000;
+        let content = [7; 1400];
+        let arrive = |from: &Guest, to: &Guest| {
+            let frame = from.datagram_to(to.mac, to.address, 9, &content);
+            let mut arrived = 0;
+            // As many at once as a TAP's queue holds.
+            for _ in 0..FRAMES / 100 {
+                (0..100).for_each(|_| from.send(&frame));
+                while to.receive(QUIET / 25, |frame| frame.len() > 1400).is_some() {
+                    arrived += 1;
+                }
+            }
+            arrived
+        };
+        let (free, bounded) = (arrive(&a, &c), [arrive(&slow, &c), arrive(&a, &slow)]);
+        assert_eq!(free, FRAMES, "nothing is lost between the others");
+        for arrived in bounded {
+            assert!((150..600).contains(&arrived), "{arrived} of {FRAMES}");
+        }
+        // What is beyond is lost, and the port goes on.
+        slow.receive(4 * QUIET, |_| false);
+        slow.send(&slow.echo_to(c.mac, c.address, GOOD));
+        c.receive(PATIENCE, |frame| is_echo(frame, 8, GOOD)).expect("the echo request arrives");
     });
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use mvm::infra::process::ProcessIdentity;
 use mvm::vmm::qemu::{AGENT_PORTS, AccelerationChoice, KvmVerdict, Qemu, QemuOptions, agent_socket};
-use mvm::vmm::{Drive, DriveAccess, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError};
+use mvm::vmm::{Drive, DriveAccess, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError};
 use mvm_hostd::tap::{TapSpec, create_tap};
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
 
@@ -161,6 +161,8 @@ impl Fixture {
                 Drive { name: "data", file: open("data", true), access: DriveAccess::ReadWrite },
             ],
             nic: None,
+            rates: Rates::default(),
+            reclaim_memory: false,
             run_dir: self.path("run"),
             scratch: None,
             console_log: self.path("console.log"),

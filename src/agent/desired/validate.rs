@@ -123,6 +123,15 @@ pub fn pool_problems(pool: &PoolSpec) -> Vec<(String, String)> {
     if disk != 0 && !(8..=67_108_864).contains(&disk) {
         found.push(("instance_resources.data_disk_mib".into(), format!("{disk} MiB is neither 0 nor between 8 and 67108864")));
     }
+    for (name, rate, most) in [
+        ("drive_mib_per_second", resources.drive_mib_per_second, 1_048_576),
+        ("drive_iops", resources.drive_iops, 10_000_000),
+        ("net_mbit_per_second", resources.net_mbit_per_second, 1_000_000),
+    ] {
+        if let Some(rate) = rate.filter(|rate| !(1..=most).contains(rate)) {
+            found.push((format!("instance_resources.{name}"), format!("{rate} is not between 1 and {most}; left out, there is no limit")));
+        }
+    }
     if pool.runtime_policy.ready_timeout_seconds == 0 {
         found.push(("runtime_policy.ready_timeout_seconds".into(), "no guest is ready in 0 seconds".into()));
     }
@@ -223,6 +232,24 @@ mod tests {
         PoolSpec {
             depends_on: depends_on.iter().map(|id| id.parse().unwrap()).collect(),
             ..PoolSpec::new(id.parse().unwrap(), Role::Worker)
+        }
+    }
+
+    #[test]
+    fn a_limit_that_is_none_is_refused() {
+        let with = |change: fn(&mut crate::vm::pool::InstanceResources)| {
+            let mut spec = pool("web", &[]);
+            change(&mut spec.instance_resources);
+            pool_problems(&spec)
+        };
+        assert_eq!(with(|all| (all.drive_iops, all.net_mbit_per_second) = (Some(1), Some(1_000_000))), []);
+        for (place, found) in [
+            ("drive_mib_per_second", with(|all| all.drive_mib_per_second = Some(0))),
+            ("drive_iops", with(|all| all.drive_iops = Some(0))),
+            ("net_mbit_per_second", with(|all| all.net_mbit_per_second = Some(1_000_001))),
+        ] {
+            assert_eq!(found.len(), 1, "{place}");
+            assert!(found[0].0.ends_with(place) && found[0].1.contains("left out, there is no limit"), "{found:?}");
         }
     }
 

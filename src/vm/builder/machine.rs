@@ -21,7 +21,7 @@ use crate::vm::error::{LifecycleError, with_causes};
 use crate::vm::node::{Node, VmmUids};
 use crate::vm::pool::Image;
 use crate::vm::throwaway::{Throwaway, Waited};
-use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Nic, VmSpec};
+use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, VmSpec};
 
 /// The uid of a builder is this number and the id of the thread that builds, which Linux keeps below 2^22: below those of throw-away
 /// machines, which begin at `0x6fb0_0000`.
@@ -130,6 +130,8 @@ pub(super) fn spec(
             Drive { name: "result", file: result, access: DriveAccess::ReadWrite },
         ],
         nic,
+        rates: Rates::default(),
+        reclaim_memory: false,
         console_log: dir.join("console.log"),
         vmm_log: dir.join("vmm.log"),
         run_dir: dir,

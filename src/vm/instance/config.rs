@@ -71,7 +71,12 @@ impl InstanceDoc {
 
     /// Returns its network identity.
     pub fn network(&self, tenant: &TenantNetwork) -> InstanceNetwork {
-        InstanceNetwork { tenant: *tenant, offset: self.offset, forwards: self.role == Role::Gateway }
+        InstanceNetwork {
+            tenant: *tenant,
+            offset: self.offset,
+            forwards: self.role == Role::Gateway,
+            mbit: self.blueprint.resources.net_mbit_per_second,
+        }
     }
 }
 

@@ -57,6 +57,8 @@ impl Machine<'_, '_> {
             kernel_args: image.kernel_args.clone(),
             drives,
             nic: Some(Nic { tap, tap_name: network.tap(), mac: network.mac().0 }),
+            rates: doc.blueprint.resources.rates(),
+            reclaim_memory: doc.blueprint.resources.reclaim_memory,
             run_dir,
             scratch: Some(node.paths.vmm_scratch(at)),
             console_log: node.paths.console_log(at),

@@ -13,6 +13,7 @@ use super::role::{self, Port, Protocol, RoleTraits};
 use crate::infra::clock::Moment;
 use crate::infra::failure::Failure;
 use crate::store::Document;
+use crate::vmm::Rates;
 
 /// The flake reference of the image that mvm carries itself.
 pub const BUILTIN: &str = "builtin";
@@ -31,11 +32,50 @@ pub struct InstanceResources {
     #[serde(default)]
     #[schemars(range(min = 0, max = 67_108_864))]
     pub data_disk_mib: u64,
+    /// What each of its drives may move in a second, in MiB; unbounded when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_048_576))]
+    pub drive_mib_per_second: Option<u32>,
+    /// How often in a second it may read from or write to each of its drives; unbounded when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000_000))]
+    pub drive_iops: Option<u32>,
+    /// What its network interface may move in a second and each direction, in Mbit (10^6 bits); unbounded when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub net_mbit_per_second: Option<u32>,
+    /// Whether memory that the guest frees goes back to the host while it runs, where the VMM can do that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reclaim_memory: bool,
 }
 
 impl Default for InstanceResources {
     fn default() -> Self {
-        Self { vcpus: 1, mem_mib: 128, data_disk_mib: 0 }
+        Self {
+            vcpus: 1,
+            mem_mib: 128,
+            data_disk_mib: 0,
+            drive_mib_per_second: None,
+            drive_iops: None,
+            net_mbit_per_second: None,
+            reclaim_memory: false,
+        }
+    }
+}
+
+impl InstanceResources {
+    /// What bounds its devices, in words; empty when nothing does.
+    pub fn limits(&self) -> String {
+        let drives = self.drive_mib_per_second.map(|rate| format!("{rate} MiB/s for each drive"));
+        let times = self.drive_iops.map(|rate| format!("{rate} requests/s for each drive"));
+        let net = self.net_mbit_per_second.map(|rate| format!("{rate} Mbit/s each way"));
+        let memory = self.reclaim_memory.then(|| "freed memory goes back".to_owned());
+        [drives, times, net, memory].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    }
+
+    /// What its devices may move.
+    pub fn rates(&self) -> Rates {
+        Rates { drive_mib: self.drive_mib_per_second, drive_iops: self.drive_iops, net_mbit: self.net_mbit_per_second }
     }
 }
 

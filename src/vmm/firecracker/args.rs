@@ -3,6 +3,8 @@
 use mvm_firecracker as fc;
 use mvm_types::{InstanceAddress, NodeId};
 
+use crate::vmm::Rates;
+
 /// Where things are in the jail.
 pub(super) const KERNEL: &str = "/image/kernel";
 pub(super) const INITRD: &str = "/image/initrd";
@@ -49,32 +51,34 @@ const CONSOLE_BURST: u64 = 1 << 20;
 /// The oldest Firecracker that bounds a console.
 const BOUNDS_CONSOLES: (u32, u32, u32) = (1, 16, 0);
 
-/// What each guest's devices may move in a second.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Rates {
-    /// Of each drive, in MiB.
-    pub drive_mib: Option<u32>,
-    /// Of the network interface in each direction, in Mbit (10^6 bits).
-    pub net_mbit: Option<u32>,
+/// The token buckets of a device: what is moved in bytes, and how often.
+fn limiter(bytes: Option<u64>, times: Option<u64>) -> Option<fc::RateLimiter> {
+    // A bucket that holds a tenth of a second, filled ten times a second: smooth, and nothing is too large for it.
+    let bucket = |rate: u64, least: u64| fc::TokenBucket {
+        size: (rate / 10).max(least),
+        refill_time: 100.max(least * 1000 / rate.max(1)),
+        one_time_burst: None,
+    };
+    let limiter = fc::RateLimiter { bandwidth: bytes.map(|rate| bucket(rate, 1 << 16)), ops: times.map(|rate| bucket(rate, 1)) };
+    (limiter != fc::RateLimiter::default()).then_some(limiter)
 }
 
-impl Rates {
-    fn limiter(bytes_per_second: Option<u64>) -> Option<fc::RateLimiter> {
-        // A bucket that holds a tenth of a second, filled ten times a second: smooth, and no large packet is too large for it.
-        let bucket = |rate: u64| fc::TokenBucket {
-            size: (rate / 10).max(1 << 16),
-            refill_time: 100.max((1 << 16) * 1000 / rate.max(1)),
-            one_time_burst: None,
-        };
-        bytes_per_second.map(|rate| fc::RateLimiter { bandwidth: Some(bucket(rate)), ops: None })
-    }
+fn drive_limiter(rates: Rates) -> Option<fc::RateLimiter> {
+    limiter(rates.drive_mib.map(|mib| u64::from(mib) << 20), rates.drive_iops.map(u64::from))
+}
 
-    fn drive(self) -> Option<fc::RateLimiter> {
-        Self::limiter(self.drive_mib.map(|mib| u64::from(mib) << 20))
-    }
+fn net_limiter(rates: Rates) -> Option<fc::RateLimiter> {
+    limiter(rates.net_mbit.map(|mbit| u64::from(mbit) * 125_000), None)
+}
 
-    fn net(self) -> Option<fc::RateLimiter> {
-        Self::limiter(self.net_mbit.map(|mbit| u64::from(mbit) * 125_000))
+/// A balloon that takes nothing of itself: the guest reports pages that are free, and Firecracker gives them back.
+fn balloon() -> fc::Balloon {
+    fc::Balloon {
+        amount_mib: 0,
+        deflate_on_oom: true,
+        stats_polling_interval_s: None,
+        free_page_hinting: None,
+        free_page_reporting: Some(true),
     }
 }
 
@@ -121,6 +125,7 @@ pub(super) struct Machine<'a> {
     pub cpu_template: Option<fc::CpuTemplate>,
     pub huge_pages: fc::HugePages,
     pub rates: Rates,
+    pub reclaim_memory: bool,
     pub version: (u32, u32, u32),
 }
 
@@ -159,7 +164,7 @@ pub(super) fn boot(machine: &Machine<'_>) -> Result<fc::Boot, String> {
             partuuid: None,
             cache_type: (!read_only).then_some(fc::CacheType::Writeback),
             io_engine: None,
-            rate_limiter: machine.rates.drive(),
+            rate_limiter: drive_limiter(machine.rates),
         })
     });
     let nic = machine.nic.map(|(tap, mac)| {
@@ -168,8 +173,8 @@ pub(super) fn boot(machine: &Machine<'_>) -> Result<fc::Boot, String> {
             host_dev_name: tap.to_owned(),
             guest_mac: Some(mac.map(|byte| format!("{byte:02x}")).join(":")),
             mtu: None,
-            rx_rate_limiter: machine.rates.net(),
-            tx_rate_limiter: machine.rates.net(),
+            rx_rate_limiter: net_limiter(machine.rates),
+            tx_rate_limiter: net_limiter(machine.rates),
         })
     });
     Ok(fc::Boot {
@@ -194,7 +199,7 @@ pub(super) fn boot(machine: &Machine<'_>) -> Result<fc::Boot, String> {
             uds_path: VSOCK_IN_JAIL.to_owned(),
         }),
         entropy: Some(fc::EntropyDevice::default()),
-        balloon: None,
+        balloon: machine.reclaim_memory.then(balloon),
     })
 }
 
@@ -272,7 +277,8 @@ mod tests {
             cid: 7,
             cpu_template: None,
             huge_pages: fc::HugePages::None,
-            rates: Rates { drive_mib: Some(50), net_mbit: Some(100) },
+            rates: Rates { drive_mib: Some(50), drive_iops: Some(2000), net_mbit: Some(100) },
+            reclaim_memory: true,
             version: (1, 17, 0),
         };
         let boot = boot(&machine).unwrap();
@@ -287,8 +293,16 @@ mod tests {
         assert_eq!(rate(&boot.drives[1].rate_limiter), (5 << 20, 100));
         assert_eq!(rate(&boot.network_interfaces[0].tx_rate_limiter), (1_250_000, 100));
         assert!(boot.outputs.serial.is_some() && outputs((1, 15, 0)).serial.is_none(), "an older one does not know it");
-        let slow = Rates { drive_mib: None, net_mbit: Some(1) };
-        let bucket = slow.net().unwrap().bandwidth.unwrap();
+        let ops = boot.drives[1].rate_limiter.as_ref().unwrap().ops.as_ref().unwrap();
+        assert_eq!((ops.size, ops.refill_time), (200, 100));
+        assert!(
+            boot.balloon.as_ref().is_some_and(|one| one.amount_mib == 0 && one.deflate_on_oom && one.free_page_reporting == Some(true))
+        );
+        let slow = Rates { net_mbit: Some(1), drive_iops: Some(1), ..Rates::default() };
+        let once = drive_limiter(slow).unwrap();
+        assert_eq!((once.bandwidth, once.ops.map(|bucket| (bucket.size, bucket.refill_time))), (None, Some((1, 1000))));
+        assert_eq!(drive_limiter(Rates { net_mbit: Some(1), ..Rates::default() }), None);
+        let bucket = net_limiter(slow).unwrap().bandwidth.unwrap();
         assert!(bucket.size >= 65_536 && bucket.size * 1000 / bucket.refill_time <= 125_100, "{bucket:?}");
         assert!(super::boot(&Machine { cid: 2, ..machine }).is_err(), "CID 2 is the host's");
     }

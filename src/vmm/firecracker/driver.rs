@@ -18,18 +18,18 @@ use mvm_types::{InstanceAddress, InstanceId, NodeId};
 use rustix::fs::{Gid, OFlags, Uid, fchown};
 use rustix::process::Pid;
 
-use super::args::{self, Limits, Machine, Rates};
+use super::args::{self, Limits, Machine};
 use super::jail::{self, Entry, Launch};
 use super::metrics;
 use super::snapshot::{Scratch, guard, merge};
 use super::versions::{self, Installed, Verdict};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::files::{open_directory, open_for_vmm, open_log, open_plain, open_plain_at, open_socket};
-use crate::vmm::limits::{self, Needs};
+use crate::vmm::limits;
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind,
-    VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError,
+    VmmKind, VmmStamp,
 };
 
 /// How long calls may take. A busy host is slower by two orders than an idle one; a Firecracker that hangs is given up after it.
@@ -72,8 +72,6 @@ pub struct FirecrackerOptions {
     pub cpu_template: Option<CpuTemplate>,
     /// The pages that guest memory is made of.
     pub huge_pages: HugePages,
-    /// What guests' devices may move.
-    pub rates: Rates,
     /// Arguments of guests' kernels before those of their images.
     pub kernel_args: Vec<String>,
     /// Arguments of Firecracker's own, for one that was built without its system call filters.
@@ -196,6 +194,8 @@ impl Firecracker {
             kernel_args: vec!["loglevel=4".into()],
             drives: Vec::new(),
             nic: None,
+            rates: Rates::default(),
+            reclaim_memory: false,
             run_dir: dir.path().to_owned(),
             scratch: None,
             console_log: dir.path().join("console"),
@@ -236,7 +236,8 @@ impl Firecracker {
             cid: spec.uid.unwrap_or(3),
             cpu_template: self.options.cpu_template,
             huge_pages: self.options.huge_pages,
-            rates: self.options.rates,
+            rates: spec.rates,
+            reclaim_memory: spec.reclaim_memory,
             version: installed.numbers(),
         })
         .map_err(|why| VmmError::Failed { what, why })?;
@@ -249,11 +250,6 @@ impl Firecracker {
             }
             Err(failed) => Err(self.give_up(what, &vm, failed.error)),
         }
-    }
-
-    fn needs(&self) -> Needs {
-        let drive_bytes_per_second = self.options.rates.drive_mib.map(|mib| u64::from(mib) << 20);
-        Needs { overhead_mib: self.overhead_mib(), drive_bytes_per_second }
     }
 
     /// Starts a Firecracker in its jail and waits until it listens.
@@ -273,7 +269,7 @@ impl Firecracker {
             return Err(unusable("a machine that ends with its caller is QEMU's".into()));
         }
         let io = |doing: String| move |source| VmmError::Io { what: doing, source };
-        let group = limits::group(&spec, self.needs())?;
+        let group = limits::group(&spec, self.overhead_mib())?;
         let base = self.options.facts_file.with_file_name("jails");
         match fs::DirBuilder::new().mode(0o700).create(&base) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io(format!("cannot make {}", base.display()))(error)),

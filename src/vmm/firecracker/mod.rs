@@ -26,6 +26,6 @@ mod metrics;
 mod snapshot;
 mod versions;
 
-pub use args::{Rates, VSOCK_SOCKET};
+pub use args::VSOCK_SOCKET;
 pub use driver::{Firecracker, FirecrackerOptions};
 pub use versions::{Installed, MINIMUM, VERSIONS_DIR, Verdict, install};

@@ -2,7 +2,7 @@
 
 use std::os::fd::RawFd;
 
-use crate::vmm::{Acceleration, DriveAccess};
+use crate::vmm::{Acceleration, DriveAccess, Rates};
 
 /// Everything that the command line depends on. Descriptors are named by their numbers, which the child keeps.
 #[derive(Debug, Clone)]
@@ -21,6 +21,7 @@ pub(super) struct CommandLine<'a> {
     pub console: RawFd,
     pub drives: &'a [DriveArg<'a>],
     pub nic: Option<NicArg>,
+    pub rates: Rates,
     pub start: Start<'a>,
 }
 
@@ -121,8 +122,19 @@ pub(super) fn render(line: &CommandLine<'_>) -> Vec<String> {
             "-blockdev",
             format!("driver=raw,node-name={name},file.driver=file,file.filename=/dev/fdset/{set},file.locking=off,{access}"),
         );
+        let device = match throttle(line.rates) {
+            Some(limits) => {
+                args.option("-object", format!("throttle-group,id=rate-{name},{limits}"));
+                args.option(
+                    "-blockdev",
+                    format!("driver=throttle,node-name=limited-{name},throttle-group=rate-{name},file={name},{access}"),
+                );
+                format!("limited-{name}")
+            }
+            None => name.clone(),
+        };
         // QEMU's own choice for a full disk is to pause the machine, and nobody would let it go on: the guest is told instead.
-        args.option("-device", format!("virtio-blk-device,id=drive-{name},drive={name},werror=report"));
+        args.option("-device", format!("virtio-blk-device,id=drive-{name},drive={device},werror=report"));
     }
     if let Some(nic) = line.nic {
         let [a, b, c, d, e, f] = nic.mac;
@@ -157,6 +169,14 @@ pub(super) fn render(line: &CommandLine<'_>) -> Vec<String> {
         }
     }
     args.0
+}
+
+/// What a drive may move, as properties of a group of its own (`ThrottleGroupProperties` of QEMU's qapi/block-core.json).
+fn throttle(rates: Rates) -> Option<String> {
+    let bytes = rates.drive_mib.map(|mib| format!("x-bps-total={}", u64::from(mib) << 20));
+    let times = rates.drive_iops.map(|rate| format!("x-iops-total={rate}"));
+    let all: Vec<String> = bytes.into_iter().chain(times).collect();
+    (!all.is_empty()).then(|| all.join(","))
 }
 
 /// The kernel arguments that the driver itself needs, before those of the caller.
@@ -210,8 +230,25 @@ mod tests {
             console: 16,
             drives,
             nic: Some(NicArg { tap: 30, mac: [2, 0, 0xa, 0xf0, 1, 3] }),
+            rates: Rates::default(),
             start,
         }
+    }
+
+    #[test]
+    fn drives_are_bounded_where_it_is_said() {
+        let drives = [DriveArg { name: "data", fd: 20, access: DriveAccess::ReadWrite }];
+        let mut line = line(&drives, Start::Restore { device_state: 9 });
+        let said = |line: &CommandLine<'_>| render(line).join(" ");
+        assert!(!said(&line).contains("throttle"));
+        line.rates = Rates { drive_mib: Some(2), drive_iops: Some(100), net_mbit: Some(1) };
+        let text = said(&line);
+        assert!(text.contains("-object throttle-group,id=rate-data,x-bps-total=2097152,x-iops-total=100 "), "{text}");
+        assert!(
+            text.contains("driver=throttle,node-name=limited-data,throttle-group=rate-data,file=data,read-only=off,discard=unmap "),
+            "{text}"
+        );
+        assert!(text.contains("virtio-blk-device,id=drive-data,drive=limited-data,"), "{text}");
     }
 
     /// One option and its value per line.

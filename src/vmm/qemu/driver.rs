@@ -21,10 +21,11 @@ use super::spawn::{Inherited, Launch, launch};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::facts;
 use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
-use crate::vmm::limits::{self, Needs};
+use crate::vmm::limits;
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind,
+    VmmStamp,
 };
 
 /// How long QEMU may take to its greeting, or to an answer. It starts in some 40 ms; a busy host with hundreds of guests in
@@ -160,6 +161,7 @@ impl Qemu {
             console: inherit.hand(append_to(&console_log).map_err(failed)?),
             drives: &[],
             nic: None,
+            rates: Rates::default(),
             start: Start::Boot { kernel: inherit.hand(File::open(kernel).map_err(failed)?), initrd: None, append: &append },
         };
         let launched = Launch {
@@ -207,7 +209,7 @@ impl Qemu {
         };
         let facts = self.host_facts(Some(kernel.unwrap_or(&spec.kernel)))?;
         let acceleration = self.acceleration(&facts)?;
-        let group = limits::group(&spec, self.needs())?;
+        let group = limits::group(&spec, self.overhead_mib())?;
         let procs = limits::procs(group.as_ref())?;
         let mut inherit = Inherited::default();
         let mapping = match from {
@@ -250,6 +252,7 @@ impl Qemu {
             console,
             drives: &drives,
             nic,
+            rates: spec.rates,
             start,
         });
         let device_group = match (acceleration, spec.uid) {
@@ -284,10 +287,6 @@ impl Qemu {
                 })
             }
         }
-    }
-
-    fn needs(&self) -> Needs {
-        Needs { overhead_mib: self.overhead_mib(), drive_bytes_per_second: None }
     }
 
     /// Connects to a machine that runs.

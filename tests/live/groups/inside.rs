@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use mvm::host::{Host, HostExpectations, LocalHost};
 use mvm::infra::paths::Paths;
-use mvm::vmm::firecracker::{Firecracker, FirecrackerOptions, Rates};
-use mvm::vmm::{Drive, DriveAccess, Lifetime, Liveness, VmSpec, Vmm};
+use mvm::vmm::firecracker::{Firecracker, FirecrackerOptions};
+use mvm::vmm::{Drive, DriveAccess, Lifetime, Liveness, Rates, VmSpec, Vmm};
 use mvm_firecracker::HugePages;
 use mvm_hostd::cgroup::{DiskLimit, Group, Hierarchy, Limits, Place, disk_of, join};
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
@@ -185,6 +185,8 @@ fn machine(dir: &Path, host: &LocalHost, node: &NodeId, instance: &InstanceId) -
         kernel_args: Vec::new(),
         drives: vec![root, data],
         nic: None,
+        rates: Rates { drive_mib: Some(10), ..Rates::default() },
+        reclaim_memory: false,
         run_dir: host.ensure_run_dir(instance).unwrap(),
         scratch: Some(dir.join("vmm")),
         console_log: dir.join("console.log"),
@@ -207,7 +209,6 @@ pub fn driver(dir: &Path) {
         facts_file: dir.join("run/firecracker.json"),
         cpu_template: None,
         huge_pages: HugePages::None,
-        rates: Rates { drive_mib: Some(10), net_mbit: None },
         kernel_args: Vec::new(),
         extra: Vec::new(),
     });
