@@ -145,7 +145,7 @@ fn builder_image(images: &std::path::Path) -> (bool, String) {
 
 /// Which Firecrackers there are, and whether the first can be used.
 fn firecracker_here(globals: &Globals) -> (bool, String) {
-    let installed = match firecracker(globals, &globals.paths()).installed() {
+    let installed = match firecracker(globals, &globals.paths(), globals.drivers.first_uid.unwrap_or_default()).installed() {
         Ok(installed) => installed,
         Err(error) => return (false, with_causes(&error)),
     };

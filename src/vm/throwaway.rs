@@ -15,14 +15,10 @@ use mvm_types::{InstanceAddress, InstanceId};
 use zeroize::Zeroizing;
 
 use super::error::LifecycleError;
-use super::node::{Node, VmmUids};
+use super::node::Node;
 use super::pool::{Image, PoolSpec};
 use crate::host::{DriveFile, DriveLabel};
 use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Rates, VmHandle, VmSpec, VmmError};
-
-/// The uid of a throw-away machine is this number and the pid of its caller, which Linux keeps below 2^22: below those of instances,
-/// which begin at `0x7000_0000`.
-const UID_BASE: u32 = 0x6fb0_0000;
 
 /// What the directory of a throw-away machine holds at most, in bytes: sockets, and what its console and QEMU say.
 const SCRATCH: u64 = 32 << 20;
@@ -96,7 +92,7 @@ impl Node {
         let spec = VmSpec {
             at,
             node: self.id.clone(),
-            uid: (self.uids == VmmUids::PerInstance).then(|| UID_BASE + std::process::id()),
+            uid: self.vmm_uid(|range| range.throwaway(std::process::id())),
             limits,
             vcpus,
             mem_mib,

@@ -190,10 +190,17 @@ impl Vmm for Drivers {
         self.of(vm.vmm).liveness(vm)
     }
 
-    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
-        match self.firecracker.find_stray(node, at, run_dir, mem_mib)? {
+    fn find_stray(
+        &self,
+        node: &NodeId,
+        at: &InstanceAddress,
+        uid: Option<u32>,
+        run_dir: &Path,
+        mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError> {
+        match self.firecracker.find_stray(node, at, uid, run_dir, mem_mib)? {
             Some(found) => Ok(Some(found)),
-            None => self.qemu.find_stray(node, at, run_dir, mem_mib),
+            None => self.qemu.find_stray(node, at, uid, run_dir, mem_mib),
         }
     }
 

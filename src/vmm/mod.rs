@@ -287,8 +287,15 @@ pub trait Vmm: Send + Sync {
     /// Tells whether it runs; cheap, since every pass asks it of every instance.
     fn liveness(&self, vm: &VmHandle) -> Liveness;
 
-    /// Finds the machine of an instance that was started and not recorded, if it runs.
-    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError>;
+    /// Finds the machine of an instance that was started and not recorded, if it runs; its VMM's user is `uid`, or mvm's own as yet.
+    fn find_stray(
+        &self,
+        node: &NodeId,
+        at: &InstanceAddress,
+        uid: Option<u32>,
+        run_dir: &Path,
+        mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError>;
 
     /// Says why a machine that is gone has ended, as far as its VMM's log and console tell.
     fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use mvm::host::{Host, HostExpectations, LocalHost};
 use mvm::infra::paths::Paths;
-use mvm::net::{InstanceNetwork, InstanceOffset, Mac, Ruleset, TenantNetwork};
+use mvm::net::{InstanceNetwork, InstanceOffset, Mac, Ruleset, TenantNetwork, UidRange};
 use tempfile::TempDir;
 
 use crate::wire::{Guest, PATIENCE, QUIET, arp, ethernet, in_own_namespace, ipv4, is_echo, run, set};
@@ -58,7 +58,7 @@ impl Node {
     }
 
     fn tap(&self, instance: &InstanceNetwork) -> OwnedFd {
-        self.host.create_tap(instance, Some(instance.uid())).unwrap()
+        self.host.create_tap(instance, Some(UidRange::default().instance(instance.tenant.net_id, instance.offset))).unwrap()
     }
 }
 

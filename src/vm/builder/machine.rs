@@ -18,14 +18,10 @@ use crate::host::{DriveFile, DriveLabel, HostError};
 use crate::image::nix::{BuildError, Job, Lines, Provenance};
 use crate::net::BuilderNetwork;
 use crate::vm::error::{LifecycleError, with_causes};
-use crate::vm::node::{Node, VmmUids};
+use crate::vm::node::Node;
 use crate::vm::pool::Image;
 use crate::vm::throwaway::{Throwaway, Waited};
 use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, VmSpec};
-
-/// The uid of a builder is this number and the id of the thread that builds, which Linux keeps below 2^22: below those of throw-away
-/// machines, which begin at `0x6fb0_0000`.
-const UID_BASE: u32 = 0x6f70_0000;
 
 /// What the machine's directory holds at most, in bytes: sockets, and what its console and QEMU say.
 const SCRATCH: u64 = 32 << 20;
@@ -99,7 +95,7 @@ pub(super) fn spec(
     network: Option<&BuilderNetwork>,
 ) -> Result<VmSpec, LifecycleError> {
     let Drives { dir, instance, job: job_drive, work, result } = drives;
-    let uid = (node.uids == VmmUids::PerInstance).then(|| UID_BASE + rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs());
+    let uid = node.vmm_uid(|range| range.builder(rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs()));
     let config = config(node, &instance, network);
     let files = [DriveFile { name: "config.json".into(), content: Zeroizing::new(config.to_json()), mode: 0o444 }];
     let config = node.host().build_drive(&instance, DriveLabel::Config, &files)?;

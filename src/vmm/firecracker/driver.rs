@@ -70,6 +70,8 @@ pub struct FirecrackerOptions {
     pub facts_file: PathBuf,
     /// The CPU template that guests see, so that snapshots wake on unlike hosts.
     pub cpu_template: Option<CpuTemplate>,
+    /// The user of a machine that only tries whether guests boot.
+    pub trial_uid: u32,
     /// The pages that guest memory is made of.
     pub huge_pages: HugePages,
     /// Arguments of guests' kernels before those of their images.
@@ -173,8 +175,6 @@ impl Firecracker {
 
     /// Boots a bare kernel, which panics at the end of its own start: `panic=1 reboot=k` makes that the end of Firecracker.
     fn try_to_boot(&self, installed: &Installed, kernel: &Path) -> Result<Verdict, VmmError> {
-        /// A uid that no instance has: net ids begin at 1.
-        const PROBE_UID: u32 = 0x7000_0000;
         const MEM_MIB: u32 = 128;
         if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
             return Ok(Verdict::Unusable { why: format!("/dev/kvm cannot be opened: {error}") });
@@ -185,7 +185,7 @@ impl Firecracker {
         let spec = VmSpec {
             at: InstanceAddress::new(name(what)?, name(what)?, InstanceId::from_bits(std::process::id())),
             node: name(what)?,
-            uid: Some(PROBE_UID),
+            uid: Some(self.options.trial_uid),
             limits: None,
             vcpus: 1,
             mem_mib: MEM_MIB,
@@ -588,8 +588,15 @@ impl Vmm for Firecracker {
         if vm.process.is_alive() { Liveness::Alive } else { Liveness::Gone }
     }
 
-    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
-        let found = process::find_by_option("--id", &args::jail_id(node, at))
+    fn find_stray(
+        &self,
+        node: &NodeId,
+        at: &InstanceAddress,
+        uid: Option<u32>,
+        run_dir: &Path,
+        mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError> {
+        let found = process::find_by_option("--id", &args::jail_id(node, at), uid)
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
         Ok(found.map(|process| VmHandle { vmm: VmmKind::Firecracker, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
     }

@@ -464,8 +464,15 @@ impl Vmm for Qemu {
         if vm.process.is_alive() { Liveness::Alive } else { Liveness::Gone }
     }
 
-    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
-        let found = process::find_by_option("-name", &format!("guest={}", marker(node, at)))
+    fn find_stray(
+        &self,
+        node: &NodeId,
+        at: &InstanceAddress,
+        uid: Option<u32>,
+        run_dir: &Path,
+        mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError> {
+        let found = process::find_by_option("-name", &format!("guest={}", marker(node, at)), uid)
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
         Ok(found.map(|process| VmHandle { vmm: VmmKind::Qemu, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
     }

@@ -209,6 +209,7 @@ pub fn driver(dir: &Path) {
         facts_file: dir.join("run/firecracker.json"),
         cpu_template: None,
         huge_pages: HugePages::None,
+        trial_uid: 0x7000_0000,
         kernel_args: Vec::new(),
         extra: Vec::new(),
     });
