@@ -15,6 +15,7 @@ pub mod drivers;
 mod facts;
 pub(crate) mod files;
 pub mod firecracker;
+mod limits;
 mod process;
 pub mod qemu;
 pub mod simulated;
@@ -23,6 +24,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mvm_hostd::cgroup::Place;
 use mvm_types::{InstanceAddress, NodeId};
 use serde::{Deserialize, Serialize};
 
@@ -140,6 +142,8 @@ pub struct VmSpec {
     pub node: NodeId,
     /// The uid and gid of the VMM process; `None` where mvm does not run as root.
     pub uid: Option<u32>,
+    /// Where limits of the VMM process are set; `None` on a host where none can be. Ended by the caller, when the process has ended.
+    pub limits: Option<Place>,
     /// Virtual CPUs.
     pub vcpus: u8,
     /// Guest memory, in MiB.

@@ -150,6 +150,7 @@ impl Fixture {
             at: self.at.clone(),
             node: self.node.clone(),
             uid: Some(UID),
+            limits: None,
             vcpus: 1,
             mem_mib: MEM_MIB,
             kernel: self.kernel.clone(),

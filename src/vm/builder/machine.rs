@@ -105,11 +105,13 @@ pub(super) fn spec(
         Some(network) => Some(Nic { tap: node.host().create_builder_tap(network, uid)?, tap_name: network.tap(), mac: network.mac().0 }),
         None => None,
     };
+    let limits = node.host().limits_of(&instance)?;
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_VCPUS));
     Ok(VmSpec {
         at: InstanceAddress::new("builder".parse().expect("it is a tenant id"), "builder".parse().expect("it is a pool id"), instance),
         node: node.id.clone(),
         uid,
+        limits,
         vcpus: u8::try_from(cpus).expect("it is at most 4"),
         mem_mib: job.limits.mem_mib,
         kernel: image.kernel.clone(),
@@ -169,8 +171,7 @@ fn config(node: &Node, instance: &InstanceId, network: Option<&BuilderNetwork>) 
 pub(super) fn run(node: &Node, spec: VmSpec, watchman: &Watchman<'_>, offline: bool) -> Result<Provenance, BuildError> {
     let console = spec.console_log.clone();
     let cannot = |what: &str, error: &LifecycleError| BuildError::Builder { what: what.to_owned(), why: with_causes(error) };
-    let vm = node.vmm().boot(spec).map_err(|error| cannot("boot its microVM", &error.into()))?;
-    let machine = Throwaway::of(node, vm);
+    let machine = Throwaway::boot(node, spec).map_err(|error| cannot("boot its microVM", &error))?;
     let given_up = || {
         watchman.not_yet();
         watchman.verdict().is_err()

@@ -48,6 +48,7 @@ impl Machine<'_, '_> {
             at: at.clone(),
             node: node.id.clone(),
             uid,
+            limits: host.limits_of(&at.instance)?,
             vcpus: doc.blueprint.resources.vcpus,
             mem_mib: doc.blueprint.resources.mem_mib,
             kernel: image.kernel.clone(),

@@ -25,6 +25,7 @@ use super::snapshot::{Scratch, guard, merge};
 use super::versions::{self, Installed, Verdict};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::files::{open_directory, open_for_vmm, open_log, open_plain, open_plain_at, open_socket};
+use crate::vmm::limits;
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
     Acceleration, Drive, DriveAccess, Lifetime, Liveness, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError,
@@ -185,6 +186,7 @@ impl Firecracker {
             at: InstanceAddress::new(name(what)?, name(what)?, InstanceId::from_bits(std::process::id())),
             node: name(what)?,
             uid: Some(self.options.trial_uid),
+            limits: None,
             vcpus: 1,
             mem_mib: MEM_MIB,
             kernel: kernel.to_owned(),
@@ -267,6 +269,7 @@ impl Firecracker {
             return Err(unusable("a machine that ends with its caller is QEMU's".into()));
         }
         let io = |doing: String| move |source| VmmError::Io { what: doing, source };
+        let group = limits::group(&spec, self.overhead_mib())?;
         let base = self.options.facts_file.with_file_name("jails");
         match fs::DirBuilder::new().mode(0o700).create(&base) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io(format!("cannot make {}", base.display()))(error)),
@@ -319,12 +322,13 @@ impl Firecracker {
             id: &id,
             base: &base,
             uid,
+            procs: limits::procs(group.as_ref())?,
             entries,
             console: open_log(&spec.console_log)?,
             log: open_log(&spec.vmm_log)?,
         };
         let mut child = jail::launch(launched).map_err(io(format!("cannot start {}", jailer.display())))?;
-        drop(spec.drives);
+        drop((spec.drives, group));
         let ended = |status: Option<ExitStatus>| VmmError::Failed { what, why: words(status, &host_dir, &spec.vmm_log) };
         let Some(process) = ProcessIdentity::of(pid_of(&child)) else { return Err(ended(child.wait().ok())) };
         let socket = match wait_for_socket(&host_dir, &mut child) {

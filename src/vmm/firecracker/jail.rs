@@ -5,12 +5,13 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use mvm_hostd::cgroup;
 use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -91,6 +92,8 @@ pub(super) struct Launch<'a> {
     pub base: &'a Path,
     /// Whose it is.
     pub uid: u32,
+    /// `cgroup.procs` of the group that limits it.
+    pub procs: Option<OwnedFd>,
     /// What is in it.
     pub entries: Vec<Entry>,
     /// Standard output: the guest's console.
@@ -136,8 +139,12 @@ pub(super) fn launch(launch: Launch<'_>) -> io::Result<Child> {
     let owner = (Uid::from_raw(launch.uid), Gid::from_raw(launch.uid));
     let mut command = Command::new(launch.jailer);
     command.args(&launch.arguments).env_clear().current_dir("/").stdin(Stdio::null()).stdout(launch.console).stderr(launch.log);
-    let parent = getpid();
+    let (parent, procs) = (getpid(), launch.procs);
     let prepare = move || {
+        // First, so that all that it makes is charged to its group.
+        if let Some(procs) = &procs {
+            cgroup::join(procs.as_fd())?;
+        }
         // Until it has another user, which ends this, and by then it can be found by its name (`find_stray`).
         set_parent_process_death_signal(Some(Signal::KILL))?;
         if getppid() != Some(parent) {
@@ -211,4 +218,32 @@ fn directory(path: &Path, own: bool) -> io::Result<Step> {
 
 fn c_string(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jailer_joins_its_group_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| File::create(dir.path().join(name)).unwrap();
+        let base = dir.path().join("jails");
+        std::fs::create_dir(&base).unwrap();
+        let launched = Launch {
+            jailer: Path::new("/bin/true"),
+            arguments: Vec::new(),
+            firecracker: Path::new("/bin/true"),
+            id: "mvm-test",
+            base: &base,
+            uid: 0,
+            procs: Some(file("procs").into()),
+            entries: Vec::new(),
+            console: file("console"),
+            log: file("log"),
+        };
+        assert!(launch(launched).expect("jails need root").wait().unwrap().success());
+        assert_eq!(std::fs::read_to_string(dir.path().join("procs")).unwrap(), "0", "the process that writes it");
+        assert_eq!(std::fs::read_dir(&base).unwrap().count(), 0);
+    }
 }

@@ -21,6 +21,7 @@ use super::spawn::{Inherited, Launch, launch};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::facts;
 use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
+use crate::vmm::limits;
 use crate::vmm::process::{self, Children, pid_of};
 use crate::vmm::{
     Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind,
@@ -166,6 +167,7 @@ impl Qemu {
         let launched = Launch {
             args: render(&line),
             inherit,
+            procs: None,
             uid: None,
             device_group: None,
             log: append_to(&vmm_log).map_err(failed)?,
@@ -207,6 +209,8 @@ impl Qemu {
         };
         let facts = self.host_facts(Some(kernel.unwrap_or(&spec.kernel)))?;
         let acceleration = self.acceleration(&facts)?;
+        let group = limits::group(&spec, self.overhead_mib())?;
+        let procs = limits::procs(group.as_ref())?;
         let mut inherit = Inherited::default();
         let mapping = match from {
             From::Kernel => RamMapping::Shared,
@@ -257,8 +261,10 @@ impl Qemu {
         };
         let log = open_log(&spec.vmm_log)?;
         let binary = self.binary()?;
-        let child = launch(binary, Launch { args, inherit, uid: spec.uid, device_group, log, lifetime: spec.lifetime, largest_file })
-            .map_err(|source| VmmError::Io { what: format!("cannot start {}", binary.display()), source })?;
+        let child =
+            launch(binary, Launch { args, inherit, procs, uid: spec.uid, device_group, log, lifetime: spec.lifetime, largest_file })
+                .map_err(|source| VmmError::Io { what: format!("cannot start {}", binary.display()), source })?;
+        drop(group);
         let identity = ProcessIdentity::of(pid_of(&child));
         self.children.add(child);
         let ended = || VmmError::Failed { what: "cannot start QEMU", why: process::log_tail(&spec.vmm_log) };
