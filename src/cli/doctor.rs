@@ -86,15 +86,15 @@ pub fn run(globals: &Globals) -> CliResult {
         remedy: (facts.swap_total_mib > 0)
             .then(|| "swapoff -a: secrets in the memory of guests may be written to disk (unless the swap is encrypted)".to_owned()),
     });
+    if !simulated {
+        // They are no part of the boundary between guest and host, but of that between tenants.
+        let ok = facts.limits.is_yes() || !globals.drivers.production;
+        checks.push(CheckRow { check: "limits".to_owned(), ok, found: limits(&facts.limits), remedy: facts.limits_remedy.clone() });
+    }
     let mut check = |name: &str, ok: bool, found: String, remedy: &str| {
         let remedy = (!ok).then(|| remedy.to_owned());
         checks.push(CheckRow { check: name.to_owned(), ok, found, remedy });
     };
-    let controllers = match facts.cgroup2_controllers.join(", ") {
-        none if none.is_empty() => "no controllers".to_owned(),
-        some => some,
-    };
-    check("cgroup v2", true, format!("{controllers}; mvm sets no limits with them yet: only its quotas bound CPU and memory"), "");
     let remedy = "restore the document from a backup, or apply the fleet again; without root they cannot be read";
     let flakes = |observed: &crate::agent::observe::Observed| {
         let mut pools = observed.tenants.values().flat_map(|tenant| tenant.pools.values());
@@ -145,7 +145,7 @@ fn builder_image(images: &std::path::Path) -> (bool, String) {
 
 /// Which Firecrackers there are, and whether the first can be used.
 fn firecracker_here(globals: &Globals) -> (bool, String) {
-    let installed = match firecracker(globals, &globals.paths()).installed() {
+    let installed = match firecracker(globals, &globals.paths(), globals.drivers.first_uid.unwrap_or_default()).installed() {
         Ok(installed) => installed,
         Err(error) => return (false, with_causes(&error)),
     };
@@ -159,6 +159,14 @@ fn firecracker_here(globals: &Globals) -> (bool, String) {
         (_, Verdict::Untried) => (true, "whether a guest boots with it is found out at the first boot".to_owned()),
     };
     (ok, format!("{} ({}), {state}{others}", first.version, first.firecracker.display()))
+}
+
+/// Whether VMMs are limited, and where or why not.
+pub(super) fn limits(limits: &Ability) -> String {
+    match limits {
+        Ability::Yes(place) => format!("memory, CPU, processes and disks of each VMM, by cgroup v2 at {place}"),
+        Ability::No(why) => format!("none are set on VMMs, which only quotas bound: {why}"),
+    }
 }
 
 /// What guests run in: whether it is good, and what it is.

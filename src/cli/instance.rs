@@ -254,7 +254,7 @@ fn info(globals: &Globals, node: &Node, at: &InstanceAddress) -> Result<(), CliE
         ("mac", network.mac().to_string()),
         ("tap", network.tap()),
         ("pid", row.pid.map(|pid| pid.to_string()).unwrap_or_default()),
-        ("uid", network.uid().to_string()),
+        ("uid", node.uid_range.instance(network.tenant.net_id, network.offset).to_string()),
         ("vcpus", one.doc.blueprint.resources.vcpus.to_string()),
         ("memory MiB", row.mem_mib.to_string()),
         ("data disk MiB", one.doc.blueprint.resources.data_disk_mib.to_string()),

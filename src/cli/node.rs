@@ -131,6 +131,7 @@ fn info(globals: &Globals, node: &Node) -> Result<(), CliError> {
         ("vmm build", build),
         ("acceleration", acceleration),
         ("kernel", facts.kernel.clone()),
+        ("limits", super::doctor::limits(&facts.limits)),
         ("processors", facts.cpus.to_string()),
         ("memory MiB", format!("{} of {} available", facts.memory_available_mib, facts.memory_total_mib)),
         ("for guests MiB", memory.to_string()),

@@ -16,6 +16,7 @@ use crate::host::{FakeHost, LocalHost};
 use crate::infra::clock::SystemClock;
 use crate::infra::display::OutputFormat;
 use crate::infra::paths::{DEFAULT_STATE_DIR, Paths};
+use crate::net::UidRange;
 use crate::store::{DocumentStore, Documents, FileStore};
 use crate::vm::builder::EgressChoice;
 use crate::vm::node::{Node, NodeDoc, Seams, VmmUids};
@@ -237,8 +238,9 @@ pub fn open_as(globals: &Globals, intent: Intent, wanted: Option<&NodeId>) -> Re
             rest = &mut rest[got..];
         }
     });
-    if let (Some(_), Intent::Change) = (wanted, intent) {
-        Node::ensure_id(&documents, &*random, wanted)?;
+    let uid_range = uid_range(globals, &documents)?;
+    if intent == Intent::Change {
+        Node::ensure_doc(&documents, &*random, wanted, uid_range)?;
     }
     let sealer = Arc::new(NodeSealer::new(paths.state().to_owned()));
     let uids = if rustix::process::geteuid().is_root() { VmmUids::PerInstance } else { VmmUids::Own };
@@ -277,14 +279,10 @@ pub fn open_as(globals: &Globals, intent: Intent, wanted: Option<&NodeId>) -> Re
         // Sockets and locks are root's only.
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(paths.run())?;
     }
-    let drivers = super::vmm::drivers(globals, &paths)?;
+    let drivers = super::vmm::drivers(globals, &paths, uid_range)?;
     // The node's mark on bridges needs the id before the node is open.
-    let id = documents.read::<NodeDoc>(crate::vm::keys::NODE).map_err(crate::vm::error::LifecycleError::from)?.map(|doc| doc.node_id);
-    let id = match (id, intent) {
-        (Some(id), _) => id,
-        (None, Intent::Look) => Node::unborn(),
-        (None, Intent::Change) => Node::ensure_id(&documents, &*random, None)?,
-    };
+    let doc = documents.read::<NodeDoc>(crate::vm::keys::NODE).map_err(crate::vm::error::LifecycleError::from)?;
+    let id = doc.map_or_else(Node::unborn, |doc| doc.node_id);
     let seams = Seams {
         documents,
         host: Arc::new(LocalHost::new(paths.clone(), &id)),
@@ -301,6 +299,22 @@ pub fn open_as(globals: &Globals, intent: Intent, wanted: Option<&NodeId>) -> Re
     node.builder = globals.builder.into();
     node.builder_egress = globals.builder_egress.into();
     Ok(Opened { node, simulation: None, intent })
+}
+
+/// The users of the node's VMMs: those that it began with.
+fn uid_range(globals: &Globals, documents: &Documents) -> Result<UidRange, CliError> {
+    let doc = documents.read::<NodeDoc>(crate::vm::keys::NODE).map_err(crate::vm::error::LifecycleError::from)?;
+    match (doc.map(|doc| doc.uids), globals.drivers.first_uid) {
+        (Some(kept), Some(given)) if kept != given => {
+            let (kept, given) = (u32::from(kept), u32::from(given));
+            let text = format!(
+                "--first-uid {given}: the users of this node's VMMs begin at {kept}, to whom its files belong; leave it out, or begin another \
+                 node with --state-dir DIR"
+            );
+            Err(CliError::new(Exit::Refused, text))
+        }
+        (kept, given) => Ok(kept.or(given).unwrap_or_default()),
+    }
 }
 
 /// Finds QEMU.

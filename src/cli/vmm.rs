@@ -8,6 +8,7 @@ use mvm_firecracker::{CpuTemplate, HugePages};
 use super::exit::{CliError, Exit};
 use super::open::{AccelChoice, Globals, VmmChoice, find_qemu};
 use crate::infra::paths::Paths;
+use crate::net::UidRange;
 use crate::vmm::drivers::{Demand, DriverChoice, Drivers};
 use crate::vmm::firecracker::{Firecracker, FirecrackerOptions, JailNetwork, VERSIONS_DIR};
 use crate::vmm::qemu::{AccelerationChoice, Qemu, QemuOptions};
@@ -47,6 +48,9 @@ pub struct VmmOptions {
     /// The pages that Firecracker makes guest memory of
     #[arg(long, global = true, env = "MVM_HUGE_PAGES", default_value = "none", value_name = "PAGES", help_heading = "Global options")]
     pub huge_pages: WhichPages,
+    /// The first of the users that VMMs have, some 278 million; chosen when the node's state begins, and kept by it [default: 1869611008]
+    #[arg(long, global = true, env = "MVM_FIRST_UID", value_name = "UID", help_heading = "Global options")]
+    pub first_uid: Option<UidRange>,
     /// Arguments for guests' kernels under Firecracker, before those of their images, separated by spaces
     #[arg(
         long,
@@ -91,7 +95,7 @@ pub enum WhichPages {
 ///
 /// # Errors
 /// When options contradict each other.
-pub fn drivers(globals: &Globals, paths: &Paths) -> Result<Drivers, CliError> {
+pub fn drivers(globals: &Globals, paths: &Paths, uids: UidRange) -> Result<Drivers, CliError> {
     let options = &globals.drivers;
     if options.production && !options.firecracker_args.trim().is_empty() {
         let text = "--firecracker-args is for development builds, and --production is not: leave one of them out";
@@ -103,11 +107,11 @@ pub fn drivers(globals: &Globals, paths: &Paths) -> Result<Drivers, CliError> {
         VmmChoice::Qemu => DriverChoice::Qemu,
     };
     let demand = if options.production { Demand::Production } else { Demand::Any };
-    Ok(Drivers::new(firecracker(globals, paths), qemu(globals, paths), choice, demand))
+    Ok(Drivers::new(firecracker(globals, paths, uids), qemu(globals, paths), choice, demand))
 }
 
 /// The Firecracker driver as the options set it up.
-pub fn firecracker(globals: &Globals, paths: &Paths) -> Firecracker {
+pub fn firecracker(globals: &Globals, paths: &Paths, uids: UidRange) -> Firecracker {
     let options = &globals.drivers;
     let words = |text: &str| text.split_whitespace().map(str::to_owned).collect();
     Firecracker::new(FirecrackerOptions {
@@ -123,6 +127,7 @@ pub fn firecracker(globals: &Globals, paths: &Paths) -> Firecracker {
             WhichTemplate::T2a => Some(CpuTemplate::T2A),
             WhichTemplate::C3 => Some(CpuTemplate::C3),
         },
+        trial_uid: uids.trial(),
         huge_pages: match options.huge_pages {
             WhichPages::None => HugePages::None,
             WhichPages::TwoMib => HugePages::TwoMib,

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use mvm_hostd::cgroup;
 use mvm_types::{InstanceAddress, InstanceId};
 use serde::{Deserialize, Serialize};
 
@@ -297,6 +298,8 @@ impl Host for FakeHost {
             tun: simulated(),
             cgroup2_controllers: Vec::new(),
             cgroup2_mount: None,
+            limits: Ability::No("nothing runs in a simulation".into()),
+            limits_remedy: None,
             nftables: simulated(),
             nft: simulated(),
             mke2fs: simulated(),
@@ -326,6 +329,10 @@ impl Host for FakeHost {
                 Ok(PathBuf::from("/nonexistent").join(instance.as_str()))
             },
         )
+    }
+
+    fn limits_of(&self, _instance: &InstanceId) -> Result<Option<cgroup::Place>, HostError> {
+        Ok(None)
     }
 
     fn remove_run_dir(&self, instance: &InstanceId) -> Result<(), HostError> {

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use mvm_hostd::cgroup::{Hierarchy, Place};
 use mvm_hostd::dir::Dir;
 use mvm_hostd::drive::{self, ImageFile};
 use mvm_hostd::netlink::{BridgeSpec, Netlink};
@@ -24,7 +25,10 @@ const MTU: u32 = 1500;
 /// Does what needs root in this process.
 pub struct LocalHost {
     paths: Paths,
+    node: NodeId,
     alias: String,
+    /// Looked for on first use; `None` where there is none.
+    cgroups: OnceLock<Option<Hierarchy>>,
     /// Opened on first use, in the network namespace of the thread that uses it first.
     netlink: Mutex<Option<std::sync::Arc<Netlink>>>,
 }
@@ -32,7 +36,7 @@ pub struct LocalHost {
 impl LocalHost {
     /// Works on the node's directories; what it makes carries the node's mark, `mvm:<node id>`. Opens nothing yet.
     pub fn new(paths: Paths, node: &NodeId) -> Self {
-        Self { paths, alias: format!("mvm:{node}"), netlink: Mutex::new(None) }
+        Self { paths, node: node.clone(), alias: format!("mvm:{node}"), cgroups: OnceLock::new(), netlink: Mutex::new(None) }
     }
 
     pub(super) fn netlink(&self) -> Result<std::sync::Arc<Netlink>, HostError> {
@@ -47,6 +51,11 @@ impl LocalHost {
 
     pub(super) fn alias(&self) -> &str {
         &self.alias
+    }
+
+    fn cgroups(&self) -> Option<&Hierarchy> {
+        let find = || Hierarchy::find().inspect_err(|why| tracing::debug!(%why, "VMMs run without limits")).ok();
+        self.cgroups.get_or_init(find).as_ref()
     }
 
     fn run(&self) -> Result<Dir, HostError> {
@@ -174,7 +183,15 @@ impl Host for LocalHost {
         Ok(self.paths.run_instance(instance))
     }
 
+    fn limits_of(&self, instance: &InstanceId) -> Result<Option<Place>, HostError> {
+        let Some(cgroups) = self.cgroups() else { return Ok(None) };
+        Ok(Some(cgroups.place(self.node.as_str(), instance.as_str())?))
+    }
+
     fn remove_run_dir(&self, instance: &InstanceId) -> Result<(), HostError> {
+        if let Some(place) = self.limits_of(instance)? {
+            place.end()?;
+        }
         let Some(run) = self.try_run()? else { return Ok(()) };
         if let Some(instances) = run.try_dir("instances")? {
             instances.remove_tree(instance.as_str())?;
@@ -265,10 +282,14 @@ impl Host for LocalHost {
             let swept = self.netlink()?.sweep_ports(&self.alias, is_instances, |name| taps.contains(name))?;
             removed.extend(swept.into_iter().map(|name| format!("TAP {name}")));
         }
+        let keep: BTreeSet<&str> = expected.instances.iter().map(InstanceId::as_str).collect();
+        if let Some(cgroups) = self.cgroups() {
+            let swept = cgroups.sweep(self.node.as_str(), |instance| keep.contains(instance))?;
+            removed.extend(swept.into_iter().map(|path| format!("cgroup {}", path.display())));
+        }
         let Some(run) = self.try_run()? else { return Ok(removed) };
         removed.extend(run.remove_stale_temporaries()?.into_iter().map(|name| format!("file {}", run.path().join(name).display())));
         let Some(instances) = run.try_dir("instances")? else { return Ok(removed) };
-        let keep: BTreeSet<&str> = expected.instances.iter().map(InstanceId::as_str).collect();
         for entry in instances.entries()? {
             let stray = entry.to_str().is_some_and(|name| name.parse::<InstanceId>().is_ok() && !keep.contains(name));
             if stray && instances.remove_tree(&entry)? {

@@ -14,6 +14,7 @@ pub use mvm_hostd::facts::{Ability, HostFacts};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use mvm_hostd::cgroup;
 use mvm_types::{InstanceAddress, InstanceId};
 use zeroize::Zeroizing;
 
@@ -79,7 +80,7 @@ pub struct NetworkCheck {
 pub struct HostExpectations {
     /// The names of the bridges of the tenants that are there.
     pub bridges: std::collections::BTreeSet<String>,
-    /// Instances that may have a run directory and in-memory drives.
+    /// Instances that may have a run directory, in-memory drives and a cgroup.
     pub instances: std::collections::BTreeSet<InstanceId>,
     /// The names of all instances' TAPs; none when an instance cannot be read, whose TAP would be taken for nobody's.
     pub taps: Option<std::collections::BTreeSet<String>>,
@@ -131,7 +132,10 @@ pub trait Host: Send + Sync {
     /// Makes the instance's directory for sockets and returns its path.
     fn ensure_run_dir(&self, instance: &InstanceId) -> Result<PathBuf, HostError>;
 
-    /// Removes the instance's sockets, locks and in-memory drives.
+    /// Returns where limits are set for what runs a machine of this id; `None` on a host that has no cgroup v2 hierarchy for it.
+    fn limits_of(&self, instance: &InstanceId) -> Result<Option<cgroup::Place>, HostError>;
+
+    /// Removes the instance's sockets, locks and in-memory drives, and its cgroup with whatever is still in it.
     fn remove_run_dir(&self, instance: &InstanceId) -> Result<(), HostError>;
 
     /// Makes the instance's data disk, or grows it; never formats or shrinks one that is there.

@@ -14,7 +14,7 @@ mod ruleset;
 
 pub use address::{CLUSTER_RANGE, InstanceOffset, NetError, Subnet, TenantNetId, find_overlap};
 pub use identity::{
-    BRIDGE_PREFIX, Mac, bridge_mac, bridge_name, builder_mac, builder_tap_name, instance_mac, instance_uid, parse_bridge_name,
-    parse_tap_name, tap_name,
+    BRIDGE_PREFIX, Mac, UidRange, bridge_mac, bridge_name, builder_mac, builder_tap_name, instance_mac, parse_bridge_name, parse_tap_name,
+    tap_name,
 };
 pub use ruleset::{BuilderNetwork, Exposed, InstanceNetwork, Place, Protocol, Ruleset, TenantNetwork};

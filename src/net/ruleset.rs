@@ -42,8 +42,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    InstanceOffset, Mac, NetError, Subnet, TenantNetId, bridge_mac, bridge_name, builder_mac, builder_tap_name, instance_mac, instance_uid,
-    tap_name,
+    InstanceOffset, Mac, NetError, Subnet, TenantNetId, bridge_mac, bridge_name, builder_mac, builder_tap_name, instance_mac, tap_name,
 };
 
 /// The network of one tenant.
@@ -126,11 +125,6 @@ impl InstanceNetwork {
     /// Derives its MAC.
     pub fn mac(&self) -> Mac {
         instance_mac(self.tenant.net_id, self.offset)
-    }
-
-    /// Derives the uid, which is also the gid, of its VMM.
-    pub fn uid(&self) -> u32 {
-        instance_uid(self.tenant.net_id, self.offset)
     }
 }
 

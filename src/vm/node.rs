@@ -20,7 +20,7 @@ use crate::guest::GuestChannel;
 use crate::host::Host;
 use crate::infra::clock::Clock;
 use crate::infra::paths::Paths;
-use crate::net::TenantNetId;
+use crate::net::{InstanceNetwork, TenantNetId, UidRange};
 use crate::store::{Document, Documents, LockGuard, Torn, Wait};
 use crate::vmm::Vmm;
 
@@ -29,7 +29,7 @@ pub const LOCK_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How to go on with a node whose document is lost.
 const REBUILD_NODE: &str = "without one, write {\"version\": 1, \"node_id\": \"ID\"} into it, with the ID that `ip -details link show \
-     type bridge` gives as `alias mvm:ID`; the net ids of tenants that are gone, and which document was admitted last, are forgotten then";
+     type bridge` gives as `alias mvm:ID`; the net ids of tenants that are gone, which document was admitted last, and a `first_uid` of its own are forgotten then";
 
 /// `node.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,9 +41,16 @@ pub struct NodeDoc {
     /// Net ids of tenants that are gone, with their names: given to nobody else.
     #[serde(default)]
     pub retired_net_ids: BTreeMap<u16, TenantId>,
+    /// The users of its VMMs.
+    #[serde(default, rename = "first_uid", skip_serializing_if = "is_default")]
+    pub uids: UidRange,
     /// The desired-state document that was admitted last: its generation and hash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admitted: Option<Admitted>,
+}
+
+fn is_default(range: &UidRange) -> bool {
+    *range == UidRange::default()
 }
 
 /// What was admitted last.
@@ -115,6 +122,8 @@ pub struct Node {
     pub paths: Paths,
     /// Whose uid VMMs have.
     pub uids: VmmUids,
+    /// Which ones those are, where each has its own.
+    pub uid_range: UidRange,
     /// Name servers that guests are told of.
     pub dns: Vec<std::net::Ipv4Addr>,
     /// How long a guest may take from boot to ready.
@@ -130,14 +139,15 @@ pub struct Node {
 impl Node {
     /// Opens the node of a state directory; a new directory gets a new node id.
     pub fn open(paths: Paths, seams: Seams, uids: VmmUids) -> Result<Self, LifecycleError> {
-        let id = match seams.documents.read::<NodeDoc>(keys::NODE)? {
-            Some(doc) => doc.node_id,
-            None => Self::ensure_id(&seams.documents, &*seams.random, None)?,
+        let doc = match seams.documents.read::<NodeDoc>(keys::NODE)? {
+            Some(doc) => doc,
+            None => Self::ensure_doc(&seams.documents, &*seams.random, None, UidRange::default())?,
         };
         Ok(Self {
-            id,
+            id: doc.node_id,
             paths,
             uids,
+            uid_range: doc.uids,
             dns: Vec::new(),
             boot_timeout: Duration::from_secs(60),
             builder: BuilderChoice::Auto,
@@ -149,11 +159,13 @@ impl Node {
 
     /// Opens the node for looking only: a state directory that is not there yet is not made.
     pub fn open_to_look(paths: Paths, seams: Seams, uids: VmmUids) -> Result<Self, LifecycleError> {
-        let id = seams.documents.read::<NodeDoc>(keys::NODE)?.map_or_else(Self::unborn, |doc| doc.node_id);
+        let doc = seams.documents.read::<NodeDoc>(keys::NODE)?;
+        let uid_range = doc.as_ref().map(|doc| doc.uids).unwrap_or_default();
         Ok(Self {
-            id,
+            id: doc.map_or_else(Self::unborn, |doc| doc.node_id),
             paths,
             uids,
+            uid_range,
             dns: Vec::new(),
             boot_timeout: Duration::from_secs(60),
             builder: BuilderChoice::Auto,
@@ -181,18 +193,20 @@ impl Node {
         Ok(Some(format!("the node {} is gone, and there are tenants: restore it from a backup; {REBUILD_NODE}", raw.place(keys::NODE))))
     }
 
-    /// Returns the node's id, which a new state directory gets here: the one that is wanted, or one of its own.
+    /// Returns the node's document, which a new state directory gets here: with the id that is wanted, or one of its own, and with the
+    /// users that its VMMs have from now on.
     ///
     /// # Errors
     /// When there is none and there are tenants: their bridges and machines bear the id of a node that they would be taken from.
-    pub fn ensure_id(
+    pub fn ensure_doc(
         documents: &Documents,
         random: &(dyn Fn(&mut [u8]) + Send + Sync),
         wanted: Option<&NodeId>,
-    ) -> Result<NodeId, LifecycleError> {
+        uids: UidRange,
+    ) -> Result<NodeDoc, LifecycleError> {
         let _guard = documents.raw().lock(keys::NODE, Wait::Until(Instant::now() + LOCK_PATIENCE))?;
         if let Some(doc) = documents.read::<NodeDoc>(keys::NODE)? {
-            return Ok(doc.node_id);
+            return Ok(doc);
         }
         if let Some(why) = Self::lost_node_doc(documents)? {
             return Err(LifecycleError::Refused { what: "take a new node id".to_owned(), why });
@@ -202,9 +216,19 @@ impl Node {
             random(&mut bits);
             format!("n{:08x}", u32::from_be_bytes(bits)).parse().expect("n and eight hex digits are a node id")
         });
-        let doc = NodeDoc { version: NodeDoc::VERSION, node_id: node_id.clone(), retired_net_ids: BTreeMap::new(), admitted: None };
+        let doc = NodeDoc { version: NodeDoc::VERSION, node_id, retired_net_ids: BTreeMap::new(), uids, admitted: None };
         documents.write(keys::NODE, &doc)?;
-        Ok(node_id)
+        Ok(doc)
+    }
+
+    /// The user of a VMM, which is also its group; `None` where they run as mvm does.
+    pub fn vmm_uid(&self, of: impl FnOnce(UidRange) -> u32) -> Option<u32> {
+        (self.uids == VmmUids::PerInstance).then(|| of(self.uid_range))
+    }
+
+    /// The user of an instance's VMM.
+    pub fn instance_uid(&self, network: &InstanceNetwork) -> Option<u32> {
+        self.vmm_uid(|range| range.instance(network.tenant.net_id, network.offset))
     }
 
     /// Returns the documents.
@@ -244,7 +268,13 @@ impl Node {
 
     /// Reads `node.json`.
     pub fn node_doc(&self) -> Result<NodeDoc, LifecycleError> {
-        let unborn = NodeDoc { version: NodeDoc::VERSION, node_id: self.id.clone(), retired_net_ids: BTreeMap::new(), admitted: None };
+        let unborn = NodeDoc {
+            version: NodeDoc::VERSION,
+            node_id: self.id.clone(),
+            retired_net_ids: BTreeMap::new(),
+            uids: self.uid_range,
+            admitted: None,
+        };
         Ok(self.documents().read(keys::NODE)?.unwrap_or(unborn))
     }
 

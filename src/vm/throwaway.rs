@@ -10,18 +10,15 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use mvm_guest_api::config as guest;
+use mvm_hostd::cgroup::Place;
 use mvm_types::{InstanceAddress, InstanceId};
 use zeroize::Zeroizing;
 
 use super::error::LifecycleError;
-use super::node::{Node, VmmUids};
+use super::node::Node;
 use super::pool::{Image, PoolSpec};
 use crate::host::{DriveFile, DriveLabel};
 use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Rates, VmHandle, VmSpec, VmmError};
-
-/// The uid of a throw-away machine is this number and the pid of its caller, which Linux keeps below 2^22: below those of instances,
-/// which begin at `0x7000_0000`.
-const UID_BASE: u32 = 0x6fb0_0000;
 
 /// What the directory of a throw-away machine holds at most, in bytes: sockets, and what its console and VMM say.
 const SCRATCH: u64 = 32 << 20;
@@ -33,6 +30,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 pub struct Throwaway<'a> {
     node: &'a Node,
     vm: VmHandle,
+    limits: Option<Place>,
 }
 
 impl Node {
@@ -90,10 +88,12 @@ impl Node {
         let files = [DriveFile { name: "config.json".into(), content: Zeroizing::new(config.to_json()), mode: 0o444 }];
         let root = File::open(&image.rootfs).map_err(|error| io("open the image of", error))?;
         let config = self.host().build_drive(&instance, DriveLabel::Config, &files)?;
-        let vm = self.vmm().boot(VmSpec {
+        let limits = self.host().limits_of(&instance)?;
+        let spec = VmSpec {
             at,
             node: self.id.clone(),
-            uid: (self.uids == VmmUids::PerInstance).then(|| UID_BASE + std::process::id()),
+            uid: self.vmm_uid(|range| range.throwaway(std::process::id())),
+            limits,
             vcpus,
             mem_mib,
             kernel: image.kernel.clone(),
@@ -111,9 +111,17 @@ impl Node {
             console_log: dir.join("console.log"),
             vmm_log: dir.join("vmm.log"),
             lifetime: Lifetime::WithCaller,
-        })?;
-        Ok(Throwaway::of(self, vm))
+        };
+        Throwaway::boot(self, spec)
     }
+}
+
+/// Ends the cgroup that a machine was in.
+fn end(limits: Option<&Place>) -> Result<(), LifecycleError> {
+    if let Some(limits) = limits {
+        limits.end().map_err(crate::host::HostError::from)?;
+    }
+    Ok(())
 }
 
 fn throwaway_pool() -> PoolSpec {
@@ -130,9 +138,19 @@ pub enum Waited {
 }
 
 impl<'a> Throwaway<'a> {
-    /// Takes a machine that was booted to be thrown away.
-    pub(super) fn of(node: &'a Node, vm: VmHandle) -> Self {
-        Self { node, vm }
+    /// Boots a machine that ends when what is returned is dropped.
+    ///
+    /// # Errors
+    /// When it cannot be started; nothing is left then.
+    pub(super) fn boot(node: &'a Node, spec: VmSpec) -> Result<Self, LifecycleError> {
+        let limits = spec.limits.clone();
+        match node.vmm().boot(spec) {
+            Ok(vm) => Ok(Self { node, vm, limits }),
+            Err(error) => {
+                end(limits.as_ref())?;
+                Err(error.into())
+            }
+        }
     }
 
     /// Ends the machine; returns when it is gone. Idempotent.
@@ -140,7 +158,8 @@ impl<'a> Throwaway<'a> {
     /// # Errors
     /// When the kernel does not end it.
     pub(super) fn end(&self) -> Result<(), LifecycleError> {
-        Ok(self.node.vmm().kill(&self.vm)?)
+        self.node.vmm().kill(&self.vm)?;
+        end(self.limits.as_ref())
     }
 
     /// Waits until the guest is ready, or until `give_up` says so.

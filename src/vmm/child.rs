@@ -363,4 +363,44 @@ mod tests {
         assert_eq!(children.end_of(process.pid).and_then(|status| status.signal()), Some(libc::SIGKILL));
         assert_eq!(children.end_of(process.pid), None);
     }
+
+    /// Runs a shell; returns it with what it says on both streams.
+    fn shell(script: &str, lifetime: Lifetime) -> (Child, File) {
+        let (said, says) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let arguments = ["-c".to_owned(), script.to_owned()];
+        let (stdout, stderr) = (says.try_clone().unwrap(), says);
+        let program = Program { path: Path::new("/bin/sh"), arguments: &arguments, stdout, stderr, prepare: || Ok(()) };
+        // SAFETY: the closure does nothing.
+        let child = unsafe { spawn(&program, lifetime) }.expect("namespaces need root");
+        (child, said.into())
+    }
+
+    fn text(mut said: File) -> String {
+        let mut text = String::new();
+        said.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn all_in_a_namespace_end_with_the_child_and_a_kept_one_with_the_thread_that_began_it() {
+        for lifetime in [Lifetime::Detached, Lifetime::WithCaller] {
+            // What the child has started holds its end of the pipe open.
+            let (mut child, said) = shell("sleep 60 & exit 3", lifetime);
+            assert_eq!(child.wait().unwrap().code(), Some(3));
+            drop(child);
+            assert_eq!(text(said), "", "{lifetime:?}");
+        }
+        let beginning = std::thread::spawn(|| {
+            let (child, said) = shell("exec sleep 60", Lifetime::WithCaller);
+            let (pid, keeper) = (child.pid, child.keeper.as_ref().unwrap().pid);
+            // Nobody ends them or waits for them: the keeper's pipe stays open, and it is the thread's end that counts.
+            std::mem::forget(child);
+            (pid, keeper, said)
+        });
+        let (pid, keeper, said) = beginning.join().unwrap();
+        assert_eq!(text(said), "");
+        for process in [pid, keeper] {
+            assert_eq!(end_of(process, WaitOptions::empty()).unwrap().unwrap().signal(), Some(libc::SIGKILL));
+        }
+    }
 }

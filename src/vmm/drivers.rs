@@ -39,16 +39,21 @@ pub struct Drivers {
     demand: Demand,
     /// Whether a machine was started in software where nobody chose that.
     fell_back: AtomicBool,
+    /// Whether a machine was started without limits where that matters.
+    unlimited: AtomicBool,
 }
 
-/// What is said of it.
+/// What is said of a machine without limits.
+const UNLIMITED: &str = "no limits of memory, CPU, processes and disks are set on VMMs; `mvm doctor` says why, and how to have them";
+
+/// What is said of one in software.
 const IN_SOFTWARE: &str =
     "guests run in software (TCG), which is slow and no boundary against hostile ones; `mvm doctor` says why, and --production refuses it";
 
 impl Drivers {
     /// Puts them together.
     pub fn new(firecracker: Firecracker, qemu: Qemu, choice: DriverChoice, demand: Demand) -> Self {
-        Self { firecracker, qemu, choice, demand, fell_back: AtomicBool::new(false) }
+        Self { firecracker, qemu, choice, demand, fell_back: AtomicBool::new(false), unlimited: AtomicBool::new(false) }
     }
 
     fn of(&self, kind: VmmKind) -> &dyn Vmm {
@@ -101,13 +106,23 @@ impl Drivers {
         Ok(())
     }
 
-    /// Notes that a machine was started in software.
-    fn note(&self, started: Result<VmHandle, VmmError>, acceleration: Acceleration) -> Result<VmHandle, VmmError> {
+    /// Starts a machine, and notes what there is to be said of it.
+    fn start(
+        &self,
+        acceleration: Acceleration,
+        spec: VmSpec,
+        start: impl FnOnce(VmSpec) -> Result<VmHandle, VmmError>,
+    ) -> Result<VmHandle, VmmError> {
+        let limited = spec.limits.is_some();
+        let vm = start(spec)?;
         let chosen = self.choice != DriverChoice::Auto || self.qemu.was_told_how();
-        if started.is_ok() && acceleration == Acceleration::Tcg && !chosen {
+        if acceleration == Acceleration::Tcg && !chosen {
             self.fell_back.store(true, Ordering::Relaxed);
         }
-        started
+        if self.demand == Demand::Production && !limited {
+            self.unlimited.store(true, Ordering::Relaxed);
+        }
+        Ok(vm)
     }
 }
 
@@ -139,7 +154,7 @@ impl Vmm for Drivers {
         driver.prepare(&spec.kernel)?;
         let stamp = driver.stamp()?;
         self.check(&stamp)?;
-        self.note(driver.boot(spec), stamp.acceleration)
+        self.start(stamp.acceleration, spec, |spec| driver.boot(spec))
     }
 
     fn pause(&self, vm: &VmHandle) -> Result<(), VmmError> {
@@ -156,7 +171,7 @@ impl Vmm for Drivers {
 
     fn restore(&self, spec: VmSpec, dir: &Path, made_by: &VmmStamp) -> Result<VmHandle, VmmError> {
         self.check(made_by)?;
-        self.note(self.of(made_by.vmm).restore(spec, dir, made_by), made_by.acceleration)
+        self.start(made_by.acceleration, spec, |spec| self.of(made_by.vmm).restore(spec, dir, made_by))
     }
 
     fn kill(&self, vm: &VmHandle) -> Result<(), VmmError> {
@@ -171,10 +186,17 @@ impl Vmm for Drivers {
         self.of(vm.vmm).liveness(vm)
     }
 
-    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
-        match self.firecracker.find_stray(node, at, run_dir, mem_mib)? {
+    fn find_stray(
+        &self,
+        node: &NodeId,
+        at: &InstanceAddress,
+        uid: Option<u32>,
+        run_dir: &Path,
+        mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError> {
+        match self.firecracker.find_stray(node, at, uid, run_dir, mem_mib)? {
             Some(found) => Ok(Some(found)),
-            None => self.qemu.find_stray(node, at, run_dir, mem_mib),
+            None => self.qemu.find_stray(node, at, uid, run_dir, mem_mib),
         }
     }
 
@@ -188,7 +210,8 @@ impl Vmm for Drivers {
     }
 
     fn warnings(&self) -> Vec<&'static str> {
-        if self.fell_back.load(Ordering::Relaxed) { vec![IN_SOFTWARE] } else { Vec::new() }
+        let all = [(&self.fell_back, IN_SOFTWARE), (&self.unlimited, UNLIMITED)];
+        all.into_iter().filter(|(so, _)| so.load(Ordering::Relaxed)).map(|(_, said)| said).collect()
     }
 
     fn metrics(&self, vm: &VmHandle) -> Result<serde_json::Map<String, serde_json::Value>, VmmError> {

@@ -16,6 +16,7 @@ pub mod drivers;
 mod facts;
 pub(crate) mod files;
 pub mod firecracker;
+mod limits;
 mod process;
 pub mod qemu;
 pub mod simulated;
@@ -24,6 +25,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mvm_hostd::cgroup::Place;
 use mvm_types::{InstanceAddress, NodeId};
 use serde::{Deserialize, Serialize};
 
@@ -141,6 +143,8 @@ pub struct VmSpec {
     pub node: NodeId,
     /// The uid and gid of the VMM process; `None` where mvm does not run as root.
     pub uid: Option<u32>,
+    /// Where limits of the VMM process are set; `None` on a host where none can be. Ended by the caller, when the process has ended.
+    pub limits: Option<Place>,
     /// Virtual CPUs.
     pub vcpus: u8,
     /// Guest memory, in MiB.
@@ -284,8 +288,15 @@ pub trait Vmm: Send + Sync {
     /// Tells whether it runs; cheap, since every pass asks it of every instance.
     fn liveness(&self, vm: &VmHandle) -> Liveness;
 
-    /// Finds the machine of an instance that was started and not recorded, if it runs.
-    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError>;
+    /// Finds the machine of an instance that was started and not recorded, if it runs; its VMM's user is `uid`, or mvm's own as yet.
+    fn find_stray(
+        &self,
+        node: &NodeId,
+        at: &InstanceAddress,
+        uid: Option<u32>,
+        run_dir: &Path,
+        mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError>;
 
     /// Says why a machine that is gone has ended, as far as its VMM's log and console tell.
     fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {

@@ -14,9 +14,6 @@ use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_s
 use super::{Liveness, VmStats, VmmError};
 use crate::infra::process::ProcessIdentity;
 
-/// Uids from here on are those of instances: 0x7000_0000 + net id * 65536 + offset.
-const FIRST_INSTANCE_UID: u32 = 0x7000_0000;
-
 /// Opens just this process; `None` when it is gone, also when its pid is another's by now.
 pub(super) fn open(process: &ProcessIdentity) -> io::Result<Option<OwnedFd>> {
     let Some(pid) = Pid::from_raw(process.pid) else { return Ok(None) };
@@ -98,8 +95,8 @@ fn parse_stats(stat: &str) -> Option<VmStats> {
 
 /// Finds a process whose command line has this option with this value.
 ///
-/// Only processes of an instance's uid or of our own count: another user of the host may name a process as he likes.
-pub(super) fn find_by_option(option: &str, value: &str) -> io::Result<Option<ProcessIdentity>> {
+/// Only processes of this user or of our own count: another user of the host may name a process as he likes.
+pub(super) fn find_by_option(option: &str, value: &str, uid: Option<u32>) -> io::Result<Option<ProcessIdentity>> {
     let own = geteuid().as_raw();
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
@@ -111,7 +108,7 @@ pub(super) fn find_by_option(option: &str, value: &str) -> io::Result<Option<Pro
             continue;
         }
         let Ok(owner) = entry.metadata() else { continue };
-        if (owner.uid() == own || owner.uid() >= FIRST_INSTANCE_UID) && process.is_alive() {
+        if (owner.uid() == own || Some(owner.uid()) == uid) && process.is_alive() {
             return Ok(Some(process));
         }
     }

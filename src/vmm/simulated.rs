@@ -298,7 +298,14 @@ impl Vmm for SimulatedVmm {
         if self.lock().machines.contains_key(&vm.process.pid) { Liveness::Alive } else { Liveness::Gone }
     }
 
-    fn find_stray(&self, _node: &NodeId, at: &InstanceAddress, run_dir: &Path, _mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
+    fn find_stray(
+        &self,
+        _node: &NodeId,
+        at: &InstanceAddress,
+        _uid: Option<u32>,
+        run_dir: &Path,
+        _mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError> {
         let world = self.lock();
         let found = world.machines.iter().find(|(_, machine)| machine.at == at.to_string());
         Ok(found.map(|(pid, machine)| handle(*pid, run_dir.to_owned(), machine.mem_mib)))

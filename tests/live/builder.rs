@@ -12,6 +12,7 @@ use mvm::host::LocalHost;
 use mvm::image::nix::{BuildError, BuildWatch, FlakeBuilder, Job, Limits, Provenance};
 use mvm::infra::clock::SystemClock;
 use mvm::infra::paths::Paths;
+use mvm::net::UidRange;
 use mvm::store::{Documents, FileStore};
 use mvm::vm::builder::{Egress, VmBuilder};
 use mvm::vm::node::{Node, Seams, VmmUids};
@@ -97,7 +98,7 @@ fn node(rig: &Rig) -> Node {
     let clock = Arc::new(SystemClock::new());
     let random =
         |bytes: &mut [u8]| fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, bytes)).unwrap();
-    let id = Node::ensure_id(&documents, &random, None).unwrap();
+    let id = Node::ensure_doc(&documents, &random, None, UidRange::default()).unwrap().node_id;
     let qemu = QemuOptions {
         binary: mvm::cli::open::find_qemu(),
         facts_file: paths.run().join("qemu.json"),

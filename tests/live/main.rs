@@ -6,6 +6,7 @@ mod drivers;
 mod firecracker;
 mod fleet;
 mod full_disk;
+mod groups;
 mod guest;
 mod image;
 mod isolation;

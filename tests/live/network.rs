@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use mvm::host::{Host, HostExpectations, LocalHost};
 use mvm::infra::paths::Paths;
-use mvm::net::{InstanceNetwork, InstanceOffset, Mac, Ruleset, TenantNetwork};
+use mvm::net::{InstanceNetwork, InstanceOffset, Mac, Ruleset, TenantNetwork, UidRange};
 use mvm_hostd::apart::{take_apart, unplug};
 use tempfile::TempDir;
 
@@ -96,7 +96,7 @@ impl Node {
     }
 
     fn tap(&self, instance: &InstanceNetwork) -> OwnedFd {
-        self.host.create_tap(instance, Some(instance.uid())).unwrap()
+        self.host.create_tap(instance, Some(UidRange::default().instance(instance.tenant.net_id, instance.offset))).unwrap()
     }
 }
 

@@ -150,6 +150,7 @@ impl Fixture {
             at: self.at.clone(),
             node: self.node.clone(),
             uid: Some(UID),
+            limits: None,
             vcpus: 1,
             mem_mib: MEM_MIB,
             kernel: self.kernel.clone(),
@@ -175,7 +176,7 @@ impl Fixture {
     }
 
     fn stray(&self) -> Option<VmHandle> {
-        self.qemu.find_stray(&self.node, &self.at, &self.path("run"), MEM_MIB).unwrap()
+        self.qemu.find_stray(&self.node, &self.at, Some(UID), &self.path("run"), MEM_MIB).unwrap()
     }
 
     /// Sends a line and returns the guest's answer.
@@ -195,7 +196,7 @@ impl Fixture {
 
 impl Drop for Fixture {
     fn drop(&mut self) {
-        while let Ok(Some(vm)) = self.qemu.find_stray(&self.node, &self.at, &self.path("run"), MEM_MIB) {
+        while let Ok(Some(vm)) = self.qemu.find_stray(&self.node, &self.at, Some(UID), &self.path("run"), MEM_MIB) {
             if self.qemu.kill(&vm).is_err() {
                 break;
             }

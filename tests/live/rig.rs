@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use mvm_hostd::cgroup::Hierarchy;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::Value;
@@ -279,10 +280,15 @@ impl Rig {
         self.ok(&["exec", at, "--", "sh", "-c", script]).trim_end().to_owned()
     }
 
+    /// The node's id, once it has one.
+    fn node(&self) -> Option<String> {
+        let node: Value = serde_json::from_slice(&fs::read(self.state().join("node.json")).ok()?).ok()?;
+        node["node_id"].as_str().map(str::to_owned)
+    }
+
     /// The processes of this host's virtual machines.
     pub fn machines(&self) -> Vec<i32> {
-        let node: Option<Value> = fs::read(self.state().join("node.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        let Some(node) = node.and_then(|node| node["node_id"].as_str().map(str::to_owned)) else { return Vec::new() };
+        let Some(node) = self.node() else { return Vec::new() };
         let marker = format!("guest=mvm:{node}/");
         // A jail's name tells nothing to people, but what is mounted in it is of this host's directory.
         let here = self.dir.path().file_name().unwrap().to_str().unwrap();
@@ -381,6 +387,13 @@ impl Rig {
             let left: Vec<_> = fs::read_dir(self.run_dir().join(part)).into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
             assert_eq!(left, Vec::<PathBuf>::new(), "run directories");
         }
+        let node = self.node().unwrap_or_default();
+        let groups = Hierarchy::find().ok().and_then(|found| fs::read_dir(found.root().join("mvm")).ok()).into_iter().flatten();
+        let left: Vec<_> = groups
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.split('.').next() == Some(&node))
+            .collect();
+        assert_eq!(left, Vec::<String>::new(), "cgroups");
         let locks = fs::read_dir(self.run_dir().join("locks")).into_iter().flatten();
         let left: Vec<_> =
             locks.map(|entry| entry.unwrap().file_name().into_string().unwrap()).filter(|name| name.contains("tenants")).collect();

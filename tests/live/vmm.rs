@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -95,6 +96,36 @@ fn a_vmm_that_counts_nothing_says_so() {
         rig.apply(ONE);
         let said = rig.fails(1, &["instance", "metrics", &rig.only()]);
         assert!(said.contains("qemu keeps none") && said.contains("mvm instance stats"), "{said}");
+        rig.prune();
+    });
+}
+
+#[test]
+fn a_node_keeps_the_users_that_it_began_with() {
+    on_a_host_of(Driver::Firecracker, 1, |rig| {
+        let file = rig.file("fleet.toml", ONE);
+        let said = rig.fails(2, &["apply", "-f", &file, "--first-uid", "65534"]);
+        assert!(said.contains("not between 65536 and"), "{said}");
+        rig.ok(&["apply", "-f", &file, "--first-uid", "1000000"]);
+        let at = rig.only();
+        // Behind those that build and try: its tenant's net id is 7, and it has the first place.
+        let uid = 1_000_000 + 0x90_0000 + 7 * 65_536;
+        let owner = || fs::metadata(format!("/proc/{}", rig.pid_of(&at))).unwrap().uid();
+        assert_eq!(owner(), uid);
+        assert!(rig.ok(&["instance", "info", &at]).contains(&uid.to_string()));
+        rig.ok(&["instance", "sleep", &at]);
+        rig.ok(&["instance", "wake", &at]);
+        assert_eq!(owner(), uid, "without the option");
+        let said = rig.fails(4, &["status", "--first-uid", "2000000"]);
+        assert!(said.contains("begin at 1000000") && said.contains("--state-dir"), "{said}");
+        // One that nobody recorded is found by its user, too.
+        rig.ok(&["instance", "stop", "--force", &at]);
+        let mut start = rig.mvm(&["instance", "start", &at]).spawn().unwrap();
+        rig.eventually("a machine", Duration::from_secs(60), || !rig.machines().is_empty());
+        start.kill().unwrap();
+        start.wait().unwrap();
+        rig.apply(ONE);
+        assert_eq!((rig.machines(), owner()), (vec![rig.pid_of(&at)], uid));
         rig.prune();
     });
 }

@@ -1,13 +1,16 @@
 //! What this host is and can do, for `mvm doctor` and `mvm node info`.
 
 use std::fs;
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, StatFs};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::Hierarchy;
 use crate::error::{During, HostdError};
 use crate::program;
 
@@ -37,6 +40,10 @@ pub struct HostFacts {
     pub cgroup2_controllers: Vec<String>,
     /// Where the cgroup v2 hierarchy is mounted, if it is.
     pub cgroup2_mount: Option<String>,
+    /// Whether VMM processes are limited by cgroup v2, and where, or why not.
+    pub limits: Ability,
+    /// How to have them, where they are not.
+    pub limits_remedy: Option<String>,
     /// Whether the kernel has nftables, or what is missing.
     pub nftables: Ability,
     /// The first line of `nft --version`, or why it does not run.
@@ -99,6 +106,7 @@ pub fn gather(state: &Path, run: &Path) -> Result<HostFacts, HostdError> {
     let space = nearest(state, |dir| rustix::fs::statvfs(dir))?;
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").during(|| "cannot read the boot id".to_owned())?;
     let tun = rustix::fs::open("/dev/net/tun", OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty());
+    let limits = Hierarchy::find();
     Ok(HostFacts {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         boot_id: boot_id.trim().to_owned(),
@@ -113,6 +121,11 @@ pub fn gather(state: &Path, run: &Path) -> Result<HostFacts, HostdError> {
         ),
         cgroup2_controllers: controllers.unwrap_or_default().split_whitespace().map(str::to_owned).collect(),
         cgroup2_mount,
+        limits_remedy: limits.as_ref().err().map(|none| none.remedy.to_owned()),
+        limits: match limits {
+            Ok(found) => Ability::Yes(found.root().display().to_string()),
+            Err(none) => Ability::No(none.why),
+        },
         nftables: Ability::of(crate::nft::generation().map(|generation| format!("generation {generation}"))),
         nft: Ability::of(nft_version()),
         mke2fs: Ability::of(program::find("mke2fs", "e2fsprogs").map(|path| path.display().to_string())),
@@ -125,10 +138,24 @@ pub fn gather(state: &Path, run: &Path) -> Result<HostFacts, HostdError> {
 }
 
 /// Whether the file system that a directory is on, or would be on, is in memory.
-fn is_in_memory(dir: &Path) -> Result<bool, HostdError> {
-    let stat = nearest(dir, |dir| rustix::fs::statfs(dir))?;
+///
+/// # Errors
+/// When it cannot be looked at.
+pub fn is_in_memory(dir: &Path) -> Result<bool, HostdError> {
+    Ok(is_of_memory(&nearest(dir, |dir| rustix::fs::statfs(dir))?))
+}
+
+/// Whether an open file is in memory.
+///
+/// # Errors
+/// When it cannot be looked at.
+pub fn is_file_in_memory(file: impl AsFd) -> io::Result<bool> {
+    Ok(is_of_memory(&rustix::fs::fstatfs(file)?))
+}
+
+fn is_of_memory(stat: &StatFs) -> bool {
     #[allow(clippy::unnecessary_cast, reason = "the width of f_type differs between architectures")]
-    Ok(IN_MEMORY.contains(&(stat.f_type as i64)))
+    IN_MEMORY.contains(&(stat.f_type as i64))
 }
 
 /// Looks at a path, or else at the nearest one above it that can be looked at.

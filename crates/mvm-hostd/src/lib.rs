@@ -1,5 +1,5 @@
 //! Everything of mvm that needs root, in the small crate that an auditor reads: bridges, TAPs, nftables, kernel settings,
-//! drives, and the sealing of secrets.
+//! limits, drives, and the sealing of secrets.
 //!
 //! It takes names, numbers and bytes, and knows nothing of tenants' documents. No shell is ever used; the only programs
 //! it runs are `nft` and `mke2fs`, with arguments that are constants or descriptors. Every verb is idempotent: whoever
@@ -14,10 +14,12 @@
 //! | [`dir`] | directory handles below which no symbolic link is followed |
 //! | [`drive`] | data disks on disk, config and secrets drives in memory |
 //! | [`seal`] | secrets at rest |
+//! | [`cgroup`] | limits of processes by cgroup v2 |
 //! | [`scratch`] | a directory that vanishes with the processes that use it |
 //! | [`facts`] | what this host can do |
 
 pub mod apart;
+pub mod cgroup;
 pub mod dir;
 pub mod drive;
 pub mod error;

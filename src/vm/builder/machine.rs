@@ -18,14 +18,10 @@ use crate::host::{DriveFile, DriveLabel, HostError};
 use crate::image::nix::{BuildError, Job, Lines, Provenance};
 use crate::net::BuilderNetwork;
 use crate::vm::error::{LifecycleError, with_causes};
-use crate::vm::node::{Node, VmmUids};
+use crate::vm::node::Node;
 use crate::vm::pool::Image;
 use crate::vm::throwaway::{Throwaway, Waited};
 use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, VmSpec};
-
-/// The uid of a builder is this number and the id of the thread that builds, which Linux keeps below 2^22: below those of throw-away
-/// machines, which begin at `0x6fb0_0000`.
-const UID_BASE: u32 = 0x6f70_0000;
 
 /// What the machine's directory holds at most, in bytes: sockets, and what its console and VMM say.
 const SCRATCH: u64 = 32 << 20;
@@ -99,7 +95,7 @@ pub(super) fn spec(
     network: Option<&BuilderNetwork>,
 ) -> Result<VmSpec, LifecycleError> {
     let Drives { dir, instance, job: job_drive, work, result } = drives;
-    let uid = (node.uids == VmmUids::PerInstance).then(|| UID_BASE + rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs());
+    let uid = node.vmm_uid(|range| range.builder(rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs()));
     let config = config(node, &instance, network);
     let files = [DriveFile { name: "config.json".into(), content: Zeroizing::new(config.to_json()), mode: 0o444 }];
     let config = node.host().build_drive(&instance, DriveLabel::Config, &files)?;
@@ -109,11 +105,13 @@ pub(super) fn spec(
         Some(network) => Some(Nic { tap: node.host().create_builder_tap(network, uid)?, tap_name: network.tap(), mac: network.mac().0 }),
         None => None,
     };
+    let limits = node.host().limits_of(&instance)?;
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_VCPUS));
     Ok(VmSpec {
         at: InstanceAddress::new("builder".parse().expect("it is a tenant id"), "builder".parse().expect("it is a pool id"), instance),
         node: node.id.clone(),
         uid,
+        limits,
         vcpus: u8::try_from(cpus).expect("it is at most 4"),
         mem_mib: job.limits.mem_mib,
         kernel: image.kernel.clone(),
@@ -173,8 +171,7 @@ fn config(node: &Node, instance: &InstanceId, network: Option<&BuilderNetwork>) 
 pub(super) fn run(node: &Node, spec: VmSpec, watchman: &Watchman<'_>, offline: bool) -> Result<Provenance, BuildError> {
     let console = spec.console_log.clone();
     let cannot = |what: &str, error: &LifecycleError| BuildError::Builder { what: what.to_owned(), why: with_causes(error) };
-    let vm = node.vmm().boot(spec).map_err(|error| cannot("boot its microVM", &error.into()))?;
-    let machine = Throwaway::of(node, vm);
+    let machine = Throwaway::boot(node, spec).map_err(|error| cannot("boot its microVM", &error))?;
     let given_up = || {
         watchman.not_yet();
         watchman.verdict().is_err()

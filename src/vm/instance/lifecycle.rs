@@ -650,7 +650,8 @@ impl Locked<'_> {
     /// Finds a machine that was started for this instance and not written down.
     pub(super) fn stray(&self) -> Result<Option<VmHandle>, LifecycleError> {
         let run_dir = self.node.paths.run_instance(&self.at.instance);
-        Ok(self.node.vmm().find_stray(&self.node.id, &self.at, &run_dir, self.doc.blueprint.resources.mem_mib)?)
+        let uid = self.node.vmm_uid(|range| range.instance(self.doc.net_id, self.doc.offset));
+        Ok(self.node.vmm().find_stray(&self.node.id, &self.at, uid, &run_dir, self.doc.blueprint.resources.mem_mib)?)
     }
 
     fn rebuild(&mut self) -> Result<(), LifecycleError> {

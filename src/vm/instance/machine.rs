@@ -11,7 +11,6 @@ use zeroize::Zeroizing;
 use super::lifecycle::Locked;
 use crate::host::{DriveFile, DriveLabel};
 use crate::vm::error::{LifecycleError, with_causes};
-use crate::vm::node::VmmUids;
 use crate::vm::pool::role::RoleTraits;
 use crate::vm::pool::{Exposure, Image, RestartPolicy};
 use crate::vm::tenant;
@@ -29,7 +28,7 @@ impl Machine<'_, '_> {
         let host = node.host();
         let run_dir = host.ensure_run_dir(&at.instance)?;
         let network = doc.network(&tenant.network.network());
-        let uid = (node.uids == VmmUids::PerInstance).then(|| network.uid());
+        let uid = node.instance_uid(&network);
         let traits = self.instance.pool.role_traits();
         // All that the role requires, before anything is made that has to be taken away again.
         let (config, secrets) = std::thread::scope(|scope| {
@@ -49,6 +48,7 @@ impl Machine<'_, '_> {
             at: at.clone(),
             node: node.id.clone(),
             uid,
+            limits: host.limits_of(&at.instance)?,
             vcpus: doc.blueprint.resources.vcpus,
             mem_mib: doc.blueprint.resources.mem_mib,
             kernel: image.kernel.clone(),

@@ -12,6 +12,8 @@
 //! | on its way to Destroyed | destroyed by the next plan or hand; here it stays as it is |
 //! | Running or Warm, the machine is gone | Stopped |
 
+use mvm_hostd::cgroup::Place;
+
 use super::lifecycle::Locked;
 use super::snapshot::{SnapshotManifest, manifest_key};
 use super::state::{InstanceState, StateName, StopReason, TransitionStep};
@@ -90,7 +92,12 @@ impl Locked<'_> {
 
     /// Why a machine is gone, as far as its VMM has said so.
     pub(super) fn why_gone(&self, vm: &VmHandle) -> StopReason {
-        let why = self.node.vmm().why_gone(vm, &self.node.paths.vmm_log(&self.at));
+        // Best known by the kernel, and by no log.
+        let limits = self.node.host().limits_of(&self.at.instance).ok().flatten();
+        let why = match limits.filter(Place::ran_out_of_memory) {
+            Some(place) => Some(format!("its VMM took more memory than memory.max of its cgroup allows ({place})")),
+            None => self.node.vmm().why_gone(vm, &self.node.paths.vmm_log(&self.at)),
+        };
         why.map_or(StopReason::Died, |why| {
             tracing::warn!(instance = %self.at, why, "its virtual machine died");
             StopReason::DiedOf(why)

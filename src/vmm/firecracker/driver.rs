@@ -29,6 +29,7 @@ use super::versions::{self, Installed, Verdict};
 use crate::infra::process::ProcessIdentity;
 use crate::vmm::child::{Child, Children};
 use crate::vmm::files::{open_directory, open_for_vmm, open_log, open_plain, open_plain_at, open_socket};
+use crate::vmm::limits;
 use crate::vmm::process;
 use crate::vmm::{
     Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError,
@@ -82,6 +83,8 @@ pub struct FirecrackerOptions {
     pub facts_file: PathBuf,
     /// The CPU template that guests see, so that snapshots wake on unlike hosts.
     pub cpu_template: Option<CpuTemplate>,
+    /// The user of a machine that only tries whether guests boot.
+    pub trial_uid: u32,
     /// The pages that guest memory is made of.
     pub huge_pages: HugePages,
     /// What network a Firecracker sees.
@@ -189,8 +192,6 @@ impl Firecracker {
 
     /// Boots a bare kernel, which panics at the end of its own start: `panic=1 reboot=k` makes that the end of Firecracker.
     fn try_to_boot(&self, installed: &Installed, kernel: &Path) -> Result<Verdict, VmmError> {
-        /// A uid that no instance has: net ids begin at 1.
-        const PROBE_UID: u32 = 0x7000_0000;
         const MEM_MIB: u32 = 128;
         if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
             return Ok(Verdict::Unusable { why: format!("/dev/kvm cannot be opened: {error}") });
@@ -201,7 +202,8 @@ impl Firecracker {
         let spec = VmSpec {
             at: InstanceAddress::new(name(what)?, name(what)?, InstanceId::from_bits(std::process::id())),
             node: name(what)?,
-            uid: Some(PROBE_UID),
+            uid: Some(self.options.trial_uid),
+            limits: None,
             vcpus: 1,
             mem_mib: MEM_MIB,
             kernel: kernel.to_owned(),
@@ -281,6 +283,7 @@ impl Firecracker {
         })?;
         let uid = spec.uid.ok_or_else(|| unusable("its jail is made by root; try it with sudo".into()))?;
         let io = |doing: String| move |source| VmmError::Io { what: doing, source };
+        let group = limits::group(&spec, self.overhead_mib())?;
         let base = self.options.facts_file.with_file_name("jails");
         match fs::DirBuilder::new().mode(0o700).create(&base) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io(format!("cannot make {}", base.display()))(error)),
@@ -331,6 +334,7 @@ impl Firecracker {
             id: &id,
             base: &base,
             uid,
+            procs: limits::procs(group.as_ref())?,
             entries,
             network,
             lifetime: spec.lifetime,
@@ -338,7 +342,7 @@ impl Firecracker {
             log: open_log(&spec.vmm_log)?,
         };
         let mut child = jail::launch(launched).map_err(io(format!("cannot start {}", jailer.display())))?;
-        drop(spec.drives);
+        drop((spec.drives, group));
         let ended = |status: Option<ExitStatus>| VmmError::Failed { what, why: words(status, &host_dir, &spec.vmm_log) };
         let Some(process) = ProcessIdentity::of(child.pid()) else { return Err(ended(child.wait().ok())) };
         let socket = match wait_for_socket(&host_dir, &mut child) {
@@ -620,8 +624,15 @@ impl Vmm for Firecracker {
         if vm.process.is_alive() { Liveness::Alive } else { Liveness::Gone }
     }
 
-    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
-        let found = process::find_by_option("--id", &args::jail_id(node, at))
+    fn find_stray(
+        &self,
+        node: &NodeId,
+        at: &InstanceAddress,
+        uid: Option<u32>,
+        run_dir: &Path,
+        mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError> {
+        let found = process::find_by_option("--id", &args::jail_id(node, at), uid)
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
         Ok(found.map(|process| VmHandle { vmm: VmmKind::Firecracker, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
     }

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use mvm_hostd::cgroup;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -138,6 +139,8 @@ pub(super) struct Launch<'a> {
     pub base: &'a Path,
     /// Whose it is.
     pub uid: u32,
+    /// `cgroup.procs` of the group that limits it.
+    pub procs: Option<OwnedFd>,
     /// What is in it.
     pub entries: Vec<Entry>,
     /// What network it has.
@@ -190,12 +193,16 @@ pub(super) fn launch(launch: Launch<'_>) -> io::Result<Child> {
     }
     let (base, options) = (c_string(launch.base)?, CString::new(format!("mode=0755,size={bytes},nr_inodes=1024"))?);
     let owner = (Uid::from_raw(launch.uid), Gid::from_raw(launch.uid));
-    let network = launch.network;
+    let (network, procs) = (launch.network, launch.procs);
     let new_namespaces = match network {
         Network::Nothing => UnshareFlags::NEWNS | UnshareFlags::NEWNET,
         Network::Host | Network::Apart(_) => UnshareFlags::NEWNS,
     };
     let prepare = || {
+        // First, so that all that it makes is charged to its group.
+        if let Some(procs) = &procs {
+            cgroup::join(procs.as_fd())?;
+        }
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
         for (resource, value) in [(Resource::Core, 0), (Resource::Nproc, 512)] {
@@ -267,4 +274,34 @@ fn directory(path: &Path, own: bool) -> io::Result<Step> {
 
 fn c_string(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jailer_joins_its_group_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| File::create(dir.path().join(name)).unwrap();
+        let base = dir.path().join("jails");
+        std::fs::create_dir(&base).unwrap();
+        let launched = Launch {
+            jailer: Path::new("/bin/true"),
+            arguments: Vec::new(),
+            firecracker: Path::new("/bin/true"),
+            id: "mvm-test",
+            base: &base,
+            uid: 0,
+            procs: Some(file("procs").into()),
+            entries: Vec::new(),
+            network: Network::Host,
+            lifetime: Lifetime::Detached,
+            console: file("console"),
+            log: file("log"),
+        };
+        assert!(launch(launched).expect("jails need root").wait().unwrap().success());
+        assert_eq!(std::fs::read_to_string(dir.path().join("procs")).unwrap(), "0", "the process that writes it");
+        assert_eq!(std::fs::read_dir(&base).unwrap().count(), 0);
+    }
 }

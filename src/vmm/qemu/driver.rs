@@ -22,6 +22,7 @@ use crate::infra::process::ProcessIdentity;
 use crate::vmm::child::Children;
 use crate::vmm::facts;
 use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
+use crate::vmm::limits;
 use crate::vmm::process::{self, pid_of};
 use crate::vmm::{
     Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind,
@@ -167,6 +168,7 @@ impl Qemu {
         let launched = Launch {
             args: render(&line),
             inherit,
+            procs: None,
             uid: None,
             device_group: None,
             log: append_to(&vmm_log).map_err(failed)?,
@@ -208,6 +210,8 @@ impl Qemu {
         };
         let facts = self.host_facts(Some(kernel.unwrap_or(&spec.kernel)))?;
         let acceleration = self.acceleration(&facts)?;
+        let group = limits::group(&spec, self.overhead_mib())?;
+        let procs = limits::procs(group.as_ref())?;
         let mut inherit = Inherited::default();
         let mapping = match from {
             From::Kernel => RamMapping::Shared,
@@ -258,8 +262,10 @@ impl Qemu {
         };
         let log = open_log(&spec.vmm_log)?;
         let binary = self.binary()?;
-        let child = launch(binary, Launch { args, inherit, uid: spec.uid, device_group, log, lifetime: spec.lifetime, largest_file })
-            .map_err(|source| VmmError::Io { what: format!("cannot start {}", binary.display()), source })?;
+        let child =
+            launch(binary, Launch { args, inherit, procs, uid: spec.uid, device_group, log, lifetime: spec.lifetime, largest_file })
+                .map_err(|source| VmmError::Io { what: format!("cannot start {}", binary.display()), source })?;
+        drop(group);
         let identity = ProcessIdentity::of(pid_of(&child));
         self.children.add(child);
         let ended = || VmmError::Failed { what: "cannot start QEMU", why: process::log_tail(&spec.vmm_log) };
@@ -459,8 +465,15 @@ impl Vmm for Qemu {
         if vm.process.is_alive() { Liveness::Alive } else { Liveness::Gone }
     }
 
-    fn find_stray(&self, node: &NodeId, at: &InstanceAddress, run_dir: &Path, mem_mib: u32) -> Result<Option<VmHandle>, VmmError> {
-        let found = process::find_by_option("-name", &format!("guest={}", marker(node, at)))
+    fn find_stray(
+        &self,
+        node: &NodeId,
+        at: &InstanceAddress,
+        uid: Option<u32>,
+        run_dir: &Path,
+        mem_mib: u32,
+    ) -> Result<Option<VmHandle>, VmmError> {
+        let found = process::find_by_option("-name", &format!("guest={}", marker(node, at)), uid)
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
         Ok(found.map(|process| VmHandle { vmm: VmmKind::Qemu, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
     }

@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use mvm_hostd::cgroup;
 use rustix::fs::Mode;
 use rustix::io::{Errno, FdFlags};
 use rustix::process::{Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit, setsid, umask};
@@ -21,6 +22,8 @@ pub(super) struct Launch {
     pub args: Vec<String>,
     /// The descriptors that the arguments name by number.
     pub inherit: Inherited,
+    /// `cgroup.procs` of the group that limits it.
+    pub procs: Option<OwnedFd>,
     /// The user and group to become; needs root.
     pub uid: Option<u32>,
     /// The only other group kept: that of `/dev/kvm`.
@@ -64,8 +67,12 @@ pub(super) fn launch(binary: &Path, launch: Launch) -> io::Result<Child> {
     let identity = launch.uid.map(|id| (Uid::from_raw(id), Gid::from_raw(id)));
     let groups: Vec<Gid> = launch.device_group.into_iter().map(Gid::from_raw).collect();
     let (lifetime, largest_file) = (launch.lifetime, launch.largest_file);
-    let parent = getpid();
+    let (parent, procs) = (getpid(), launch.procs);
     let prepare = move || {
+        // First, so that all that it makes is charged to its group.
+        if let Some(procs) = &procs {
+            cgroup::join(procs.as_fd())?;
+        }
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
         // SAFETY: a system call without pointers into this program; the handler is the kernel's own.
@@ -108,12 +115,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_writes_without_end_is_told_that_there_is_no_more_room() {
+    fn a_child_joins_its_group_and_is_told_when_it_has_written_enough() {
         let log = tempfile::NamedTempFile::new().unwrap();
+        let procs = tempfile::NamedTempFile::new().unwrap();
         let largest_file = 100_000;
         let launched = Launch {
             args: Vec::new(),
             inherit: Inherited::default(),
+            procs: Some(procs.reopen().unwrap().into()),
             uid: None,
             device_group: None,
             log: log.reopen().unwrap(),
@@ -123,5 +132,6 @@ mod tests {
         let ended = launch(Path::new("/usr/bin/yes"), launched).unwrap().wait().unwrap();
         assert_eq!(ended.code(), Some(1), "an error of its own, not the signal: {ended}");
         assert_eq!(log.as_file().metadata().unwrap().len(), largest_file);
+        assert_eq!(std::fs::read_to_string(procs.path()).unwrap(), "0", "the process that writes it");
     }
 }
