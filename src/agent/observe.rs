@@ -107,6 +107,8 @@ pub struct ObservedInstance {
     pub doc: InstanceDoc,
     /// Whether its virtual machine runs, in the states that have one.
     pub liveness: Liveness,
+    /// Why it does not, in those states, as far as that is known.
+    pub died_of: Option<String>,
     /// Whether another process of mvm is changing it at this moment.
     pub busy: bool,
 }
@@ -357,5 +359,7 @@ fn observe_instance(node: &Node, doc: InstanceDoc) -> Result<ObservedInstance, L
     let liveness = doc.state.vm().map_or(Liveness::Gone, |vm| node.vmm().liveness(vm));
     // Only who is amid a change holds the lock for long.
     let busy = doc.transition.is_some() && node.documents().raw().is_locked(&keys::instance_dir(&doc.at()))?;
-    Ok(ObservedInstance { doc, liveness, busy })
+    let dead = doc.state.vm().filter(|_| liveness == Liveness::Gone && !busy);
+    let died_of = dead.and_then(|vm| node.why_gone(&doc.at(), vm));
+    Ok(ObservedInstance { doc, liveness, died_of, busy })
 }

@@ -160,7 +160,8 @@ pub(super) fn instance_row(one: &ObservedInstance, now: &Moment) -> InstanceRow 
             (format!("{}{goal}", state.name()), Some("cut off on the way; the next apply finishes or undoes it".to_owned()))
         }
         (None, state) if one.needs_recovery() => {
-            (state.name().to_string(), Some("its virtual machine died; the next apply starts it again".to_owned()))
+            let why = one.died_of.as_ref().map_or_else(String::new, |why| format!(": {why}"));
+            (state.name().to_string(), Some(format!("its virtual machine died{why}; the next apply starts it again")))
         }
         (None, InstanceState::Stopped { why: StopReason::Died, .. }) => ("Stopped".to_owned(), Some("its virtual machine died".to_owned())),
         (None, InstanceState::Stopped { why: StopReason::DiedOf(why), .. }) => {

@@ -1,13 +1,14 @@
 //! What users see of the VMM: which one is chosen, what it counts.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::rig::{Driver, ONE, Rig, on_a_host, on_a_host_of};
+use crate::rig::{Driver, ONE, Rig, finish, on_a_host, on_a_host_of};
 
 fn acceleration(rig: &Rig, args: &[&str]) -> String {
     let words = [&["node", "info", "--output", "json"], args].concat();
@@ -128,4 +129,46 @@ fn a_node_keeps_the_users_that_it_began_with() {
         assert_eq!((rig.machines(), owner()), (vec![rig.pid_of(&at)], uid));
         rig.prune();
     });
+}
+
+/// Ends the VMM of an instance while a command talks to its guest, and tells how long that command took to notice and what it said.
+fn noticed(rig: &Rig, at: &str) -> (Duration, String) {
+    let mut exec = rig.mvm(&["exec", at, "--", "sh", "-c", "echo begun; kill -STOP $$"]).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(exec.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "begun\n");
+    let begun = Instant::now();
+    kill_process(Pid::from_raw(rig.pid_of(at)).unwrap(), Signal::KILL).unwrap();
+    let ran = finish(exec, "mvm exec");
+    assert!(!ran.status.success());
+    (begun.elapsed(), ran.err)
+}
+
+fn an_end_is_noticed_by_whoever_talks_to_the_guest(driver: Driver) {
+    on_a_host_of(driver, 1, |rig| {
+        rig.apply(ONE);
+        let at = rig.only();
+        let (took, said) = noticed(rig, &at);
+        eprintln!("noticed after {took:?}");
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        assert!(said.contains("went away"), "{said}");
+        // Its last threads may still be giving back what they have.
+        rig.eventually("its end is seen", Duration::from_secs(20), || {
+            let rows: Value = serde_json::from_str(&rig.ok(&["instance", "list", "--output", "json"])).unwrap();
+            rows[0]["problem"].as_str().is_some_and(|problem| problem.contains("its virtual machine died"))
+        });
+        rig.apply(ONE);
+        assert_eq!(rig.sh(&at, "echo alive"), "alive");
+        rig.prune();
+    });
+}
+
+#[test]
+fn an_end_of_qemu_is_noticed() {
+    an_end_is_noticed_by_whoever_talks_to_the_guest(Driver::Qemu);
+}
+
+#[test]
+fn an_end_of_firecracker_is_noticed() {
+    an_end_is_noticed_by_whoever_talks_to_the_guest(Driver::Firecracker);
 }

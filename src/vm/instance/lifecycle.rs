@@ -32,6 +32,8 @@ use crate::vm::tenant::TenantDoc;
 use crate::vm::usage::{Counted, Usage};
 use crate::vmm::{Liveness, VmHandle};
 
+/// How long the last threads of a VMM may take to end after its guest is lost.
+const LAST_THREADS: Duration = Duration::from_secs(1);
 /// How long the lifecycle tries to reach a guest agent that ran a moment ago.
 const REACH: Duration = Duration::from_secs(10);
 /// How long a guest may take to prepare for a snapshot, and to find itself again after a wake.
@@ -380,8 +382,9 @@ impl Locked<'_> {
         match ready {
             Ok(ready) => Ok((vm, ready.boot_id)),
             Err(error) => {
-                let died = self.node.vmm().liveness(&vm) == Liveness::Gone;
-                let said = self.node.vmm().why_gone(&vm, &self.node.paths.vmm_log(&self.at)).filter(|_| died);
+                // The guest is lost a moment before the last thread of its VMM is.
+                let died = self.node.vmm().wait_exit(&vm, LAST_THREADS)? == Liveness::Gone;
+                let said = self.node.why_gone(&self.at, &vm).filter(|_| died);
                 self.node.vmm().kill(&vm)?;
                 if died {
                     let said = said.map_or_else(|| error.to_string(), |said| format!("{error}; {said}"));

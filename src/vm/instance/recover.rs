@@ -13,12 +13,14 @@
 //! | Running or Warm, the machine is gone | Stopped |
 
 use mvm_hostd::cgroup::Place;
+use mvm_types::InstanceAddress;
 
 use super::lifecycle::Locked;
 use super::snapshot::{SnapshotManifest, manifest_key};
 use super::state::{InstanceState, StateName, StopReason, TransitionStep};
 use crate::infra::failure::Failure;
 use crate::vm::error::LifecycleError;
+use crate::vm::node::Node;
 use crate::vmm::{Liveness, VmHandle};
 
 /// What becomes of a machine that runs and whose guest does not answer.
@@ -28,6 +30,18 @@ enum Silent {
     RunsOn,
     /// It must not go on without having been set right.
     Stops,
+}
+
+impl Node {
+    /// Why an instance's machine is gone, as far as kernel, VMM and its log tell.
+    pub fn why_gone(&self, at: &InstanceAddress, vm: &VmHandle) -> Option<String> {
+        // Best known by the kernel, and by no log.
+        let limits = self.host().limits_of(&at.instance).ok().flatten();
+        match limits.filter(Place::ran_out_of_memory) {
+            Some(place) => Some(format!("its VMM took more memory than memory.max of its cgroup allows ({place})")),
+            None => self.vmm().why_gone(vm, &self.paths.vmm_log(at)),
+        }
+    }
 }
 
 impl Locked<'_> {
@@ -92,13 +106,7 @@ impl Locked<'_> {
 
     /// Why a machine is gone, as far as its VMM has said so.
     pub(super) fn why_gone(&self, vm: &VmHandle) -> StopReason {
-        // Best known by the kernel, and by no log.
-        let limits = self.node.host().limits_of(&self.at.instance).ok().flatten();
-        let why = match limits.filter(Place::ran_out_of_memory) {
-            Some(place) => Some(format!("its VMM took more memory than memory.max of its cgroup allows ({place})")),
-            None => self.node.vmm().why_gone(vm, &self.node.paths.vmm_log(&self.at)),
-        };
-        why.map_or(StopReason::Died, |why| {
+        self.node.why_gone(&self.at, vm).map_or(StopReason::Died, |why| {
             tracing::warn!(instance = %self.at, why, "its virtual machine died");
             StopReason::DiedOf(why)
         })

@@ -779,9 +779,9 @@ fn reason(log: &str) -> Option<String> {
     if log.contains("Vmm is stopping") || log.contains("exit_code=0") {
         return Some("its guest restarted or panicked, which ends it; `mvm logs --source console` has its last words".into());
     }
-    // A pipe of metrics that nobody reads is full after some minutes, which it says each minute.
-    let last = log.split("; ").filter(|line| !line.contains("Failed to write metrics")).last().unwrap_or_default().trim();
-    (!last.is_empty()).then(|| last.to_owned())
+    // What it was asked to do is in its log as well, and that a pipe of metrics which nobody reads is full.
+    let is_bad = |line: &&str| ["ERROR]", "WARN]", "panicked at"].iter().any(|word| line.contains(word));
+    log.split("; ").filter(is_bad).filter(|line| !line.contains("Failed to write metrics")).last().map(|line| line.trim().to_owned())
 }
 
 /// Why a Firecracker ended before it listened.
@@ -826,11 +826,12 @@ mod tests {
         let bad = "2026-11-24T11:20:00 [mvm:main] Shutting down VM after intercepting a bad syscall (232).";
         assert!(reason(bad).unwrap().contains("at system call 232"));
         assert!(reason("x; Vmm is stopping.").unwrap().contains("restarted or panicked"));
-        assert_eq!(reason("one; the other").as_deref(), Some("the other"));
-        assert_eq!(reason("one; [x:main:ERROR] Failed to write metrics: full").as_deref(), Some("one"));
-        assert_eq!(reason(""), None);
         let panicked = "2026-11-24T15:02:32 [mvm:main] Firecracker panicked at src/main.rs:309:48:; Invalid instance ID";
         assert_eq!(panic(panicked).as_deref(), Some("it panicked at src/main.rs:309:48:; Invalid instance ID"));
         assert_eq!(panic(bad), None);
+        let bad = "1 [x:main:ERROR] one";
+        assert_eq!(reason(&format!("0 [x:main:WARN] early; {bad}; 2 [x:fc_api] The API server received")).as_deref(), Some(bad));
+        assert_eq!(reason(&format!("{bad}; 2 [x:main:ERROR] Failed to write metrics: full")).as_deref(), Some(bad));
+        assert_eq!((reason(""), reason("2 [x:fc_api] The API server received a Put request")), (None, None));
     }
 }
