@@ -63,12 +63,13 @@ pub fn run(globals: &Globals, args: RunArgs) -> CliResult {
     if waited == Waited::GivenUp {
         return Err(CliError::new(Exit::Interrupted, "interrupted"));
     }
-    let run_dir = machine.vm().run_dir.clone();
+    let vm = machine.vm().clone();
     // The command runs on another thread, so that an interrupt can end the machine under it.
     let (interactive, tty) = (args.interactive, args.tty);
     let request = ExecRequest { argv: args.command.into_iter().map(OsStringExt::into_vec).collect(), ..ExecRequest::default() };
     let running = std::thread::spawn(move || {
-        let mut client = GuestClient::connect(&run_dir, Purpose::Interactive, Instant::now() + Duration::from_secs(10))?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut client = GuestClient::connect_while(&vm.run_dir, Purpose::Interactive, deadline, &|| vm.process.is_alive())?;
         run_in(&mut client, request, interactive, tty)
     });
     while !running.is_finished() {

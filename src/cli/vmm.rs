@@ -10,7 +10,7 @@ use super::open::{AccelChoice, Globals, VmmChoice, find_qemu};
 use crate::infra::paths::Paths;
 use crate::net::UidRange;
 use crate::vmm::drivers::{Demand, DriverChoice, Drivers};
-use crate::vmm::firecracker::{Firecracker, FirecrackerOptions, VERSIONS_DIR};
+use crate::vmm::firecracker::{Firecracker, FirecrackerOptions, JailNetwork, VERSIONS_DIR};
 use crate::vmm::qemu::{AccelerationChoice, Qemu, QemuOptions};
 
 /// Options of the drivers.
@@ -28,6 +28,9 @@ pub struct VmmOptions {
     /// Take a Firecracker that lacks security fixes
     #[arg(long, global = true, env = "MVM_ALLOW_OLD_FIRECRACKER", help_heading = "Global options")]
     pub allow_old_firecracker: bool,
+    /// Give each Firecracker a network namespace of its own, with nothing in it but its guest's interface
+    #[arg(long, global = true, env = "MVM_JAIL_NETNS", help_heading = "Global options")]
+    pub jail_netns: bool,
     /// Arguments for Firecracker itself, separated by spaces; one that was built without system call filters wants `--no-seccomp`
     #[arg(
         long,
@@ -129,6 +132,7 @@ pub fn firecracker(globals: &Globals, paths: &Paths, uids: UidRange) -> Firecrac
             WhichPages::None => HugePages::None,
             WhichPages::TwoMib => HugePages::TwoMib,
         },
+        network: if options.jail_netns { JailNetwork::Own } else { JailNetwork::Shared },
         kernel_args: words(&options.kernel_args),
         extra: words(&options.firecracker_args),
     })

@@ -20,7 +20,7 @@ use super::pool::{Image, PoolSpec};
 use crate::host::{DriveFile, DriveLabel};
 use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Rates, VmHandle, VmSpec, VmmError};
 
-/// What the directory of a throw-away machine holds at most, in bytes: sockets, and what its console and QEMU say.
+/// What the directory of a throw-away machine holds at most, in bytes: sockets, and what its console and VMM say.
 const SCRATCH: u64 = 32 << 20;
 
 /// How often it is looked whether a machine that boots is still wanted, and still there.

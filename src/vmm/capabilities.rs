@@ -33,6 +33,8 @@ pub struct Capabilities {
     pub reclaims_memory: bool,
     /// Whether it counts what its devices do.
     pub metrics: bool,
+    /// Whether each machine can have a network namespace of its own.
+    pub network_namespace: bool,
     /// Whether the calls of a start are shown by `--timings`.
     pub timings: bool,
 }
@@ -45,9 +47,9 @@ impl VmmKind {
     pub fn capabilities(self) -> Capabilities {
         match self {
             VmmKind::Firecracker => Capabilities {
-                boundary: "KVM, Firecracker's seccomp filters, jail: own uid, tmpfs root, mount namespace",
+                boundary: "KVM, Firecracker's seccomp filters, jail: own uid, tmpfs root, mount and PID namespace, network namespace by choice",
                 runs_without_kvm: false,
-                ends_with_caller: false,
+                ends_with_caller: true,
                 maps_memory: true,
                 writes_only_changes: true,
                 keeps_versions: true,
@@ -58,6 +60,7 @@ impl VmmKind {
                 net_limits: "shaped, and the packet filter",
                 reclaims_memory: true,
                 metrics: true,
+                network_namespace: true,
                 timings: true,
             },
             VmmKind::Qemu => Capabilities {
@@ -74,6 +77,7 @@ impl VmmKind {
                 net_limits: "the packet filter",
                 reclaims_memory: false,
                 metrics: false,
+                network_namespace: false,
                 timings: false,
             },
             VmmKind::Simulated => Capabilities {
@@ -90,6 +94,7 @@ impl VmmKind {
                 net_limits: "nothing moves",
                 reclaims_memory: false,
                 metrics: false,
+                network_namespace: false,
                 timings: false,
             },
         }
@@ -99,7 +104,7 @@ impl VmmKind {
 /// Writes the drivers and what they can do as a table in Markdown.
 pub fn table() -> String {
     type Show = fn(&Capabilities) -> String;
-    let rows: [(&str, Show); 14] = [
+    let rows: [(&str, Show); 15] = [
         ("between guest and host", |one| one.boundary.to_owned()),
         ("runs guests without usable KVM", |one| yes_or_no(one.runs_without_kvm)),
         ("a machine can end with its caller (`mvm run`, builds)", |one| yes_or_no(one.ends_with_caller)),
@@ -113,6 +118,7 @@ pub fn table() -> String {
         ("`net_mbit_per_second` of a pool", |one| one.net_limits.to_owned()),
         ("`reclaim_memory` of a pool", |one| yes_or_no(one.reclaims_memory)),
         ("`mvm instance metrics`", |one| yes_or_no(one.metrics)),
+        ("`--jail-netns`", |one| yes_or_no(one.network_namespace)),
         ("`--timings`", |one| yes_or_no(one.timings)),
     ];
     let mut text = String::from("| |");

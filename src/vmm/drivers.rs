@@ -8,7 +8,7 @@ use mvm_types::{InstanceAddress, NodeId};
 
 use super::firecracker::{Firecracker, Verdict};
 use super::qemu::Qemu;
-use super::{Acceleration, Lifetime, Liveness, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind, VmmStamp};
+use super::{Acceleration, Liveness, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind, VmmStamp};
 
 /// Which driver new machines get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,11 +150,7 @@ impl Vmm for Drivers {
     }
 
     fn boot(&self, spec: VmSpec) -> Result<VmHandle, VmmError> {
-        let mut driver = self.choose(Some(&spec.kernel))?;
-        // The kernel clears a process's wish to end with its parent when it changes its user, as a jailer does.
-        if spec.lifetime == Lifetime::WithCaller && !driver.kind().capabilities().ends_with_caller {
-            driver = &self.qemu;
-        }
+        let driver = self.choose(Some(&spec.kernel))?;
         driver.prepare(&spec.kernel)?;
         let stamp = driver.stamp()?;
         self.check(&stamp)?;

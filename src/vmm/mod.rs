@@ -11,6 +11,7 @@
 //! [`ProcessIdentity`]; the caller records them.
 
 pub mod capabilities;
+mod child;
 pub mod drivers;
 mod facts;
 pub(crate) mod files;

@@ -5,8 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::{Child, ExitStatus};
-use std::sync::{Mutex, PoisonError};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -127,42 +126,6 @@ fn has_option(command_line: &[u8], option: &str, value: &str) -> bool {
     false
 }
 
-/// The VMMs that this process started itself and that stay zombies until it takes note of their end.
-#[derive(Debug, Default)]
-pub(super) struct Children(Mutex<Vec<Child>>, Mutex<Vec<(i32, ExitStatus)>>);
-
-/// How many ends are remembered until somebody asks.
-const MOST_ENDS: usize = 256;
-
-impl Children {
-    pub(super) fn add(&self, child: Child) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(child);
-    }
-
-    /// Takes note of those that ended.
-    pub(super) fn reap(&self) {
-        let mut ends = self.1.lock().unwrap_or_else(PoisonError::into_inner);
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain_mut(|child| match child.try_wait() {
-            Ok(None) => true,
-            Ok(Some(status)) => {
-                ends.push((pid_of(child), status));
-                false
-            }
-            Err(_) => false,
-        });
-        let most = ends.len().saturating_sub(MOST_ENDS);
-        ends.drain(..most);
-    }
-
-    /// How one of them ended, once.
-    pub(super) fn end_of(&self, pid: i32) -> Option<ExitStatus> {
-        self.reap();
-        let mut ends = self.1.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = ends.iter().position(|(other, _)| *other == pid)?;
-        Some(ends.remove(at).1)
-    }
-}
-
 /// The pid of a child.
 pub(super) fn pid_of(child: &Child) -> i32 {
     // The kernel's pids are positive and below 2^22.
@@ -214,22 +177,6 @@ mod tests {
         assert!(!process.is_alive());
         child.wait().unwrap();
         kill(&process).unwrap();
-    }
-
-    #[test]
-    fn a_death_is_seen_and_reaped() {
-        let (child, process) = sleeper();
-        let children = Children::default();
-        children.add(child);
-        let pidfd = open(&process).unwrap().unwrap();
-        assert_eq!(wait(&pidfd, Duration::from_millis(1)).unwrap(), Liveness::Alive);
-        children.reap();
-        assert_eq!(children.0.lock().unwrap().len(), 1);
-        kill(&process).unwrap();
-        assert_eq!(wait(&pidfd, Duration::ZERO).unwrap(), Liveness::Gone);
-        children.reap();
-        assert!(children.0.lock().unwrap().is_empty());
-        assert!(stats(&process).is_none());
     }
 
     #[test]

@@ -21,7 +21,7 @@ use mvm::vm::tenant::NodeSealer;
 use mvm::vmm::qemu::{AccelerationChoice, Qemu, QemuOptions};
 
 use crate::isolation::Outside;
-use crate::rig::{Rig, finish, on_a_host_with_builder};
+use crate::rig::{Driver, Rig, finish, on_a_host_of_with_builder, on_a_host_with_builder};
 use crate::wire::run;
 
 /// A flake without inputs: what lies beside it becomes an image; `@` stands for what its build does before.
@@ -455,4 +455,27 @@ fn a_build_reaches_what_is_outside_and_nothing_else() {
         run("ip", &["link", "del", "outside0"]);
         rig.prune();
     });
+}
+
+#[test]
+fn a_build_is_put_into_the_machine_of_whatever_driver_the_node_has() {
+    for driver in [Driver::StandIn, Driver::FirecrackerApart] {
+        on_a_host_of_with_builder(driver, 1, |rig| {
+            if crate::firecracker::is_real() {
+                return;
+            }
+            let tree = flake(rig, "exit 0", None);
+            let document = POOL.replace("path:@", &format!("path:{}", tree.display())).replace("running = 1", "running = 0");
+            let file = rig.file("fleet.toml", document);
+            rig.ok(&["apply", "-f", &file]);
+            for egress in ["none", "internet"] {
+                let ran = rig.ran(&["pool", "build", "acme/web", "--builder", "vm", "--builder-egress", egress]);
+                // All of it is there: the stand-in's guest, which is no Linux of its own, is told to begin.
+                assert!(ran.code() == 1 && ran.err.contains("/usr/libexec/mvm-build: No such file"), "{egress}: {}{}", ran.text(), ran.err);
+                assert_eq!(rig.machines(), Vec::<i32>::new());
+                assert!(!run("ip", &["link"]).contains("tn7b"), "its TAP is left");
+            }
+            rig.prune();
+        });
+    }
 }

@@ -25,6 +25,12 @@ macro_rules! for_all_drivers {
                 super::on_a_host_of(super::Driver::Firecracker, 1, super::$scenario);
             })*
         }
+        mod firecracker_apart {
+            $(#[test]
+            fn $scenario() {
+                super::on_a_host_of(super::Driver::FirecrackerApart, 1, super::$scenario);
+            })*
+        }
     };
 }
 

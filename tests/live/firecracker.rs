@@ -46,7 +46,7 @@ pub fn healthy() -> Value {
 
 /// Has a command use it.
 pub fn choose(rig: &Rig, command: &mut Command) {
-    command.env("MVM_VMM", "firecracker");
+    command.env("MVM_VMM", "firecracker").env_remove("MVM_JAIL_NETNS");
     let program = std::env::var_os(REAL).map_or_else(|| rig.path("firecracker").join("firecracker"), PathBuf::from);
     command.env("MVM_FIRECRACKER", program).env("MVM_FIRECRACKER_DIR", rig.path("versions"));
     if is_real() {
@@ -60,7 +60,7 @@ pub fn choose(rig: &Rig, command: &mut Command) {
 pub fn choose_stand_in(rig: &Rig, command: &mut Command) {
     command.env("MVM_VMM", "firecracker").env("MVM_FIRECRACKER", rig.path("firecracker/firecracker"));
     command.env("MVM_FIRECRACKER_DIR", rig.path("versions"));
-    for name in ["MVM_FIRECRACKER_ARGS", "MVM_KERNEL_ARGS", "MVM_PRODUCTION", "MVM_ALLOW_OLD_FIRECRACKER"] {
+    for name in ["MVM_FIRECRACKER_ARGS", "MVM_KERNEL_ARGS", "MVM_PRODUCTION", "MVM_ALLOW_OLD_FIRECRACKER", "MVM_JAIL_NETNS"] {
         command.env_remove(name);
     }
 }

@@ -554,7 +554,7 @@ fn a_start_that_goes_wrong_at_any_call_is_undone_and_done_again() {
             ("PUT /vsock", "flood", "65536"),
             ("PUT /actions", "flood", "65536"),
             ("listen", "exit:7", "exit code 7"),
-            ("listen", "die", "it was killed"),
+            ("listen", "die", "it was ended by signal"),
             // Before or after mvm has let go of its TAP.
             ("running", "exit:148", "ended"),
             // Its first thread is a zombie while the others still have the TAP.

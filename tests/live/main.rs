@@ -11,6 +11,7 @@ mod guest;
 mod image;
 mod isolation;
 mod jail;
+mod namespaces;
 mod network;
 mod nix;
 mod qemu;

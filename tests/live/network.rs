@@ -1,11 +1,14 @@
 //! Bridges, TAPs and rules of the real kernel: who reaches whom, and what is left behind.
 
+use std::cell::RefCell;
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
 
 use mvm::host::{Host, HostExpectations, LocalHost};
 use mvm::infra::paths::Paths;
 use mvm::net::{InstanceNetwork, InstanceOffset, Mac, Ruleset, TenantNetwork, UidRange};
+use mvm_hostd::apart::{take_apart, unplug};
 use tempfile::TempDir;
 
 use crate::wire::{Guest, PATIENCE, QUIET, arp, ethernet, in_own_namespace, ipv4, is_echo, run, set};
@@ -16,15 +19,32 @@ const BAD: u16 = 0xbad;
 /// The echo tag of frames that must.
 const GOOD: u16 = 0x600d;
 
+/// Where a guest's TAP is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// On the host.
+    Host,
+    /// In a network namespace of its own.
+    Apart,
+}
+
 struct Node {
     host: LocalHost,
+    place: Place,
+    /// Those of the guests that have one.
+    namespaces: RefCell<Vec<OwnedFd>>,
     _directory: TempDir,
 }
 
 fn node() -> Node {
+    node_with(Place::Host)
+}
+
+fn node_with(place: Place) -> Node {
     let directory = tempfile::tempdir().unwrap();
     let paths = Paths::new(directory.path().join("state"), Some(directory.path().join("run")));
-    Node { host: LocalHost::new(paths, &"n1".parse().unwrap()), _directory: directory }
+    let host = LocalHost::new(paths, &"n1".parse().unwrap());
+    Node { host, place, namespaces: RefCell::default(), _directory: directory }
 }
 
 fn tenant(net_id: u64) -> TenantNetwork {
@@ -54,7 +74,25 @@ impl Node {
         for (tenant, _) in &rules.tenants {
             self.host.ensure_tenant_network(tenant).unwrap();
         }
-        instances.map(|instance| Guest::new(self.tap(&instance), instance.mac(), instance.address().unwrap()))
+        instances.map(|instance| {
+            let mut tap = self.tap(&instance);
+            if self.place == Place::Apart {
+                let open = tap.try_clone().unwrap();
+                let cable = take_apart(std::mem::replace(&mut tap, open), &instance.tap(), instance.mac().0).unwrap();
+                let namespace = cable.namespace().unwrap();
+                cable.let_go();
+                // What is sent before the bridges have noticed that the cable is plugged in is lost.
+                let forwards = |line: &String| line.contains("state forwarding");
+                let is_joined = || links_of(&namespace, &["-d"]).iter().filter(|line| forwards(line)).count() == 2;
+                let is_port = || run("ip", &["-d", "-o", "link", "show", &instance.tap()]).contains("state forwarding");
+                let begun = Instant::now();
+                while !is_joined() || !is_port() {
+                    assert!(begun.elapsed() < PATIENCE);
+                }
+                self.namespaces.borrow_mut().push(namespace);
+            }
+            Guest::new(tap, instance.mac(), instance.address().unwrap())
+        })
     }
 
     fn tap(&self, instance: &InstanceNetwork) -> OwnedFd {
@@ -62,21 +100,29 @@ impl Node {
     }
 }
 
-/// Runs a test with bridged packets passing the IP rules as well, and without.
-fn with_and_without_bridge_netfilter(test: impl Fn() + Send + Clone + 'static) {
-    for value in ["0", "1"] {
+/// Runs a test with bridged packets passing the IP rules as well, and without; with TAPs on the host, and in namespaces.
+fn with_and_without_bridge_netfilter(test: impl Fn(Place) + Send + Clone + 'static) {
+    for (value, place) in [("0", Place::Host), ("1", Place::Host), ("0", Place::Apart), ("1", Place::Apart)] {
         let test = test.clone();
         in_own_namespace(move || {
             set("net/bridge/bridge-nf-call-iptables", value);
-            test();
+            test(place);
         });
+    }
+}
+
+/// Runs a test with TAPs on the host, and in namespaces.
+fn in_both_places(test: impl Fn(Place) + Send + Clone + 'static) {
+    for place in [Place::Host, Place::Apart] {
+        let test = test.clone();
+        in_own_namespace(move || test(place));
     }
 }
 
 #[test]
 fn instances_of_one_tenant_reach_each_other() {
-    with_and_without_bridge_netfilter(|| {
-        let node = node();
+    with_and_without_bridge_netfilter(|place| {
+        let node = node_with(place);
         let [a, b] = node.guests([instance(5, 0), instance(5, 1)]);
         a.send(&a.echo_to(b.mac, b.address, GOOD));
         b.receive(PATIENCE, |frame| is_echo(frame, 8, GOOD)).expect("the echo request arrives");
@@ -92,8 +138,8 @@ fn instances_of_one_tenant_reach_each_other() {
 
 #[test]
 fn what_a_guest_moves_is_bounded_at_its_port_in_both_directions() {
-    with_and_without_bridge_netfilter(|| {
-        let node = node();
+    with_and_without_bridge_netfilter(|place| {
+        let node = node_with(place);
         // 1 Mbit a second is 125,000 bytes, and 256 KiB at once.
         let slow = InstanceNetwork { mbit: Some(1), ..instance(5, 1) };
         let [a, slow, c] = node.guests([instance(5, 0), slow, instance(5, 2)]);
@@ -125,8 +171,8 @@ fn what_a_guest_moves_is_bounded_at_its_port_in_both_directions() {
 
 #[test]
 fn a_guest_is_only_itself() {
-    with_and_without_bridge_netfilter(|| {
-        let node = node();
+    with_and_without_bridge_netfilter(|place| {
+        let node = node_with(place);
         let [a, b, c] = node.guests([instance(5, 0), instance(5, 1), instance(5, 2)]);
         let gateway = tenant(5).subnet.gateway();
         let bridge = tenant(5).bridge_mac();
@@ -163,8 +209,8 @@ fn a_guest_is_only_itself() {
 
 #[test]
 fn a_guest_cannot_draw_anothers_frames_to_itself() {
-    in_own_namespace(|| {
-        let node = node();
+    in_both_places(|place| {
+        let node = node_with(place);
         let [a, b, c] = node.guests([instance(5, 0), instance(5, 1), instance(5, 2)]);
         c.send(&c.echo_to(b.mac, b.address, GOOD));
         b.receive(PATIENCE, |frame| is_echo(frame, 8, GOOD)).unwrap();
@@ -180,8 +226,8 @@ fn a_guest_cannot_draw_anothers_frames_to_itself() {
 
 #[test]
 fn a_gateway_forwards_for_its_tenant_only() {
-    in_own_namespace(|| {
-        let node = node();
+    in_both_places(|place| {
+        let node = node_with(place);
         let [gateway, b] = node.guests([InstanceNetwork { forwards: true, ..instance(5, 0) }, instance(5, 1)]);
         let from = |address: [u8; 4]| {
             ethernet(gateway.mac, b.mac, 0x0800, &ipv4(address.into(), b.address, 1, &[8, 0, 0, 0, address[3], 0, 0, 1]))
@@ -199,8 +245,8 @@ fn a_gateway_forwards_for_its_tenant_only() {
 
 #[test]
 fn tenants_do_not_reach_each_other_through_the_host() {
-    with_and_without_bridge_netfilter(|| {
-        let node = node();
+    with_and_without_bridge_netfilter(|place| {
+        let node = node_with(place);
         let [a, b] = node.guests([instance(5, 0), instance(6, 0)]);
         let bridge = tenant(5).bridge_mac();
         let to_other_gateway = tenant(6).subnet.gateway();
@@ -218,8 +264,8 @@ fn tenants_do_not_reach_each_other_through_the_host() {
 
 #[test]
 fn a_port_that_no_rule_lists_passes_nothing() {
-    in_own_namespace(|| {
-        let node = node();
+    in_both_places(|place| {
+        let node = node_with(place);
         let [a, b] = node.guests([instance(5, 0), instance(5, 1)]);
         node.host.apply_ruleset(&rules(&[instance(5, 1)])).unwrap();
         a.send(&a.echo_to(b.mac, b.address, BAD));
@@ -288,8 +334,8 @@ impl Drop for Outside {
 
 #[test]
 fn guests_reach_the_outside_with_the_hosts_address() {
-    in_own_namespace(|| {
-        let node = node();
+    in_both_places(|place| {
+        let node = node_with(place);
         // The outside knows no way back to this tenant's addresses.
         let [a] = node.guests([instance(6, 0)]);
         let outside = Outside::new();
@@ -320,8 +366,8 @@ fn guests_reach_the_outside_with_the_hosts_address() {
 
 #[test]
 fn the_hosts_services_are_out_of_reach() {
-    with_and_without_bridge_netfilter(|| {
-        let node = node();
+    with_and_without_bridge_netfilter(|place| {
+        let node = node_with(place);
         let [a, b] = node.guests([instance(5, 0), instance(6, 0)]);
         let outside = Outside::new();
         let bridge = tenant(5).bridge_mac();
@@ -364,8 +410,8 @@ fn the_hosts_services_are_out_of_reach() {
 
 #[test]
 fn nothing_outside_begins_a_conversation() {
-    in_own_namespace(|| {
-        let node = node();
+    in_both_places(|place| {
+        let node = node_with(place);
         let [a] = node.guests([instance(5, 0)]);
         let outside = Outside::new();
         outside.socket.send_to(b"hello", (a.address, 7)).unwrap();
@@ -536,5 +582,57 @@ fn the_hosts_side_is_verified() {
         ] {
             assert!(found.contains(part), "{part}: {found}");
         }
+    });
+}
+
+/// The links of a network namespace, as `ip` shows them in one line each.
+fn links_of(namespace: &OwnedFd, options: &[&str]) -> Vec<String> {
+    let namespace = namespace.try_clone().unwrap();
+    let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
+    let listing = std::thread::spawn(move || {
+        rustix::thread::move_into_link_name_space(namespace.as_fd(), None).unwrap();
+        let addresses = run("ip", &["-o", "addr"]);
+        assert!(!addresses.contains("inet"), "{addresses}");
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        run("ip", &[&["-o"], &options[..], &["link"]].concat())
+    });
+    listing.join().unwrap().lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn a_tap_apart_is_alone_with_its_cable_and_nothing_of_it_stays() {
+    in_own_namespace(|| {
+        let node = node_with(Place::Apart);
+        let [guest] = node.guests([instance(5, 0)]);
+        let namespace = node.namespaces.borrow_mut().pop().unwrap();
+        let mut names: Vec<String> =
+            links_of(&namespace, &[]).iter().map(|line| line.split([':', '@']).nth(1).unwrap().trim().to_owned()).collect();
+        names.sort();
+        assert_eq!(names, ["cable", "joint", "lo", "tn5i0"]);
+        let ours = run("ip", &["-o", "-d", "link", "show", "tn5i0"]);
+        assert!(ours.contains("veth") && ours.contains("master br-tenant-5") && ours.contains("alias mvm:n1"), "{ours}");
+        assert!(ours.contains("learning off"), "{ours}");
+        let seen = node.host.observe_network().unwrap();
+        assert!(seen.taps.contains("tn5i0") && seen.loose.is_empty(), "{seen:?}");
+        // One whose VMM runs is held.
+        let error = node.host.create_tap(&instance(5, 0), None).unwrap_err().to_string();
+        assert!(error.contains("another process still holds it"), "{error}");
+        // Taken off the host at once, although the namespace is there.
+        unplug(namespace.as_fd()).unwrap();
+        unplug(namespace.as_fd()).unwrap();
+        assert!(!run("ip", &["-o", "link"]).contains("tn5i0"));
+        assert_eq!(links_of(&namespace, &[]).len(), 3);
+        // By the kernel, when nobody is in the namespace; whoever comes next waits for that.
+        drop((guest, namespace));
+        for _ in 0..5 {
+            let [_guest] = node.guests([instance(5, 0)]);
+            drop(node.namespaces.borrow_mut().pop().unwrap());
+        }
+        drop(node.tap(&instance(5, 0)));
+        // Something of another's of that name is not taken for one of these.
+        run("ip", &["link", "add", "tn5i1", "type", "bridge"]);
+        run("ip", &["link", "set", "tn5i1", "alias", "of another"]);
+        node.host.apply_ruleset(&rules(&[instance(5, 1)])).unwrap();
+        assert!(node.host.create_tap(&instance(5, 1), None).is_err());
     });
 }

@@ -45,6 +45,8 @@ pub enum Driver {
     Qemu,
     /// Firecracker in its jail: the one that `MVM_TEST_FIRECRACKER` names, or else a stand-in that speaks its protocol.
     Firecracker,
+    /// As `Firecracker`, each in a network namespace of its own.
+    FirecrackerApart,
     /// The stand-in, whatever the environment names: for what a real Firecracker cannot be told to do.
     StandIn,
 }
@@ -80,9 +82,14 @@ pub fn on_a_host_of(driver: Driver, guests: usize, test: impl FnOnce(&Rig) + Sen
 
 /// As [`on_a_host`], for builds in microVMs.
 pub fn on_a_host_with_builder(guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
+    on_a_host_of_with_builder(Driver::Qemu, guests, test);
+}
+
+/// As [`on_a_host_with_builder`], with another virtual machine monitor.
+pub fn on_a_host_of_with_builder(driver: Driver, guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
     let images = images();
     mvm::image::builder::ensure(&images, &|what| eprintln!("image: {what}")).unwrap();
-    on_a_host_with(images, guests, test);
+    on_a_host_as(driver, images, guests, test);
 }
 
 fn on_a_host_with(images: PathBuf, guests: usize, test: impl FnOnce(&Rig) + Send + 'static) {
@@ -102,7 +109,7 @@ fn on_a_host_as(driver: Driver, images: PathBuf, guests: usize, test: impl FnOnc
         fs::create_dir(rig.state()).unwrap();
         run("cp", &["-al", images.to_str().unwrap(), rig.state().join("images").to_str().unwrap()]);
         match driver {
-            Driver::Firecracker => firecracker::prepare(&rig),
+            Driver::Firecracker | Driver::FirecrackerApart => firecracker::prepare(&rig),
             Driver::StandIn => firecracker::stand_in(&rig, &firecracker::healthy()),
             Driver::Simulated | Driver::Qemu => {}
         }
@@ -176,6 +183,10 @@ impl Rig {
             Driver::Simulated => drop(command.env("MVM_VMM", "simulated")),
             Driver::Qemu => drop(command.env("MVM_VMM", "qemu")),
             Driver::Firecracker => firecracker::choose(self, &mut command),
+            Driver::FirecrackerApart => {
+                firecracker::choose(self, &mut command);
+                command.env("MVM_JAIL_NETNS", "true");
+            }
             Driver::StandIn => firecracker::choose_stand_in(self, &mut command),
         }
         // There is no binary cache here, and no build users; nix's own sandbox wants more namespaces than test machines give.
@@ -279,12 +290,13 @@ impl Rig {
     pub fn machines(&self) -> Vec<i32> {
         let Some(node) = self.node() else { return Vec::new() };
         let marker = format!("guest=mvm:{node}/");
-        // A jail's name tells nothing to people; what runs in this network namespace is this host's.
-        let here = fs::read_link("/proc/thread-self/ns/net").unwrap();
+        // A jail's name tells nothing to people, but what is mounted in it is of this host's directory.
+        let here = self.dir.path().file_name().unwrap().to_str().unwrap();
         let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
         let ours = |pid: &i32| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let jailed = line.starts_with(b"/firecracker\0") && fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|net| net == here);
+            let jailed = line.starts_with(b"/firecracker\0")
+                && fs::read_to_string(format!("/proc/{pid}/mountinfo")).is_ok_and(|all| all.contains(here));
             jailed || line.split(|byte| *byte == 0).any(|arg| arg.starts_with(marker.as_bytes()))
         };
         pids.filter(ours).collect()

@@ -29,7 +29,7 @@
 //! | `garbage` | an answer that is not HTTP |
 //! | `flood` | an answer with a body without end |
 //! | `fault:text` | status 400 with that message |
-//! | `die` | SIGKILL |
+//! | `die` | SIGKILL; for the first process of a PID namespace, to which its own is none, an abort |
 //! | `exit:148` | an end with that code |
 //! | `leave:200ms` | the first thread ends, the others go on that long; then the next word |
 
@@ -204,6 +204,7 @@ impl Deed {
             Self::Slow(wait) => std::thread::sleep(*wait),
             Self::Die => {
                 let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+                std::process::abort();
             }
             Self::Exit(code) => std::process::exit(*code),
             Self::Leave(wait) => {

@@ -29,6 +29,11 @@ impl HostdError {
         Self::Refused { what: what.into(), why: why.into() }
     }
 
+    /// Whether the kernel would not do it to what is there.
+    pub(crate) fn is_invalid(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.raw_os_error() == Some(libc::EINVAL))
+    }
+
     /// Whether the thing that was to be worked on is not there.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)

@@ -8,6 +8,7 @@
 //! | module | makes |
 //! |---|---|
 //! | [`netlink`], [`tap`] | bridges and TAPs, without the `ip` program |
+//! | [`apart`] | a TAP in a network namespace of its own, and the cable to it |
 //! | [`nft`] | the packet filter's two tables, in one transaction, and finds out without a process whether they still are |
 //! | [`sysctl`] | kernel settings, and remembers what they were |
 //! | [`dir`] | directory handles below which no symbolic link is followed |
@@ -17,6 +18,7 @@
 //! | [`scratch`] | a directory that vanishes with the processes that use it |
 //! | [`facts`] | what this host can do |
 
+pub mod apart;
 pub mod cgroup;
 pub mod dir;
 pub mod drive;

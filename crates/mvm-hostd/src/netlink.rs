@@ -4,16 +4,21 @@
 //! no alias at creation; one that a killed process left between the two is known by its derived MAC.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
-use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec};
+use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
 use crate::error::{During, HostdError};
 use crate::sysctl;
+
+/// The kernel's number for the other end of a cable, in its namespace. When both ends have the same one, the kernel takes up to a
+/// second to notice that the cable is plugged in (`linkwatch_urgent_event` of net/core/link_watch.c).
+const CABLE_INDEX: u32 = 1 << 30;
 
 /// A network interface of this network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -214,6 +219,11 @@ impl Netlink {
         let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).during(|| what.clone())?;
         let master = rustix::net::netdevice::name_to_index(&socket, bridge).during(|| format!("{what}: no such bridge"))?;
         let index = rustix::net::netdevice::name_to_index(&socket, name).during(|| what.clone())?;
+        self.attach_port(&what, index, master, mac, alias)
+    }
+
+    /// As [`Netlink::attach`], by the kernel's numbers for the link and for the bridge.
+    pub(crate) fn attach_port(&self, what: &str, index: u32, master: u32, mac: [u8; 6], alias: &str) -> Result<(), HostdError> {
         let attached = LinkUnspec::new_with_index(index).alias(alias).controller(master).build();
         let told =
             self.handle.neighbours().add_bridge(index, &mac).state(NeighbourState::Noarp).flags(NeighbourFlags::Controller).replace();
@@ -223,7 +233,54 @@ impl Netlink {
             told.execute().await?;
             self.handle.link().change(up).execute().await
         });
-        done.map_err(|error| netlink_error(&what, error))
+        done.map_err(|error| netlink_error(what, error))
+    }
+
+    /// Moves a link into another network namespace, where it keeps its name and its alias, is down and a port of nothing.
+    pub(crate) fn move_link(&self, index: u32, namespace: BorrowedFd<'_>, name: &str) -> Result<(), HostdError> {
+        let message = LinkUnspec::new_with_index(index).setns_by_fd(namespace.as_raw_fd()).build();
+        let moved = self.runtime.block_on(self.handle.link().set(message).execute());
+        moved.map_err(|error| netlink_error(&format!("cannot move interface {name} into another network namespace"), error))
+    }
+
+    /// Makes a pair of virtual Ethernet interfaces, of which the other is in another network namespace.
+    ///
+    /// Errors when this kernel has none, or there are interfaces of these names.
+    pub(crate) fn add_cable(&self, name: &str, other: &str, namespace: BorrowedFd<'_>) -> Result<(), HostdError> {
+        let there = LinkUnspec::new_with_name(other).index(CABLE_INDEX).setns_by_fd(namespace.as_raw_fd()).build();
+        let message = LinkVeth::new(name, other).set_info_data(InfoData::Veth(InfoVeth::Peer(there))).build();
+        let what = format!("cannot make interface {name}, a pair of virtual Ethernet interfaces");
+        match self.runtime.block_on(self.handle.link().add(message).execute()) {
+            Err(error) if errno(&error) == libc::EOPNOTSUPP => {
+                Err(HostdError::refused(what, "this kernel does not know them; load the kernel module veth (modprobe veth)"))
+            }
+            done => done.map_err(|error| netlink_error(&what, error)),
+        }
+    }
+
+    /// Makes a bridge that joins links of this namespace to each other, and brings all of them up. It learns nothing: what comes in at
+    /// one goes out at all others.
+    pub(crate) fn join(&self, bridge: &str, links: &[&str]) -> Result<(), HostdError> {
+        let what = || format!("cannot join {} by a bridge", links.join(" and "));
+        let create = LinkMessageBuilder::<LinkBridge>::new(bridge).mcast_snooping(false).up().build();
+        let made = self.runtime.block_on(self.handle.link().add(create).execute());
+        made.map_err(|error| netlink_error(&what(), error))?;
+        let index = |name: &str| {
+            let link = self.link(name)?;
+            Ok(link.ok_or_else(|| HostdError::refused(what(), format!("there is no {name}")))?.index)
+        };
+        let master = index(bridge)?;
+        for name in links {
+            let index = index(name)?;
+            let port = LinkUnspec::new_with_index(index).controller(master).build();
+            let up = LinkBridgePort::new(index).learning(false).up().build();
+            let done = self.runtime.block_on(async {
+                self.handle.link().set(port).execute().await?;
+                self.handle.link().change(up).execute().await
+            });
+            done.map_err(|error| netlink_error(&what(), error))?;
+        }
+        Ok(())
     }
 }
 

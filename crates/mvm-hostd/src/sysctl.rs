@@ -87,7 +87,14 @@ pub(crate) fn set_bridge(name: &str) -> Result<(), HostdError> {
     Ok(())
 }
 
-/// Settings of a TAP; they vanish with it.
+/// Settings of the calling thread's network namespace, which has no addresses and is to have none: nothing speaks of itself, and
+/// nothing is forwarded but by a bridge.
+pub(crate) fn set_apart() -> Result<(), HostdError> {
+    ensure("net/ipv6/conf/default/disable_ipv6", "1")?;
+    ensure(IP_FORWARD, "0").map(drop)
+}
+
+/// Settings of a TAP, or of what is in its place; they vanish with it.
 pub(crate) fn set_port(name: &str) -> Result<(), HostdError> {
     ensure(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1").map(drop)
 }

@@ -1,6 +1,7 @@
 //! TAP devices, by ioctl: the descriptor is the device, and the device is gone when its last descriptor is closed.
 
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::ioctl;
@@ -16,6 +17,11 @@ const NAME_SIZE: usize = 16;
 const TUNSETIFF: ioctl::Opcode = ioctl::opcode::write::<libc::c_int>(b'T', 202);
 const TUNSETPERSIST: ioctl::Opcode = ioctl::opcode::write::<libc::c_int>(b'T', 203);
 const TUNSETOWNER: ioctl::Opcode = ioctl::opcode::write::<libc::c_int>(b'T', 204);
+
+/// How long the kernel may take to remove what is in a TAP's place, once nobody is in the namespace that it leads to.
+const CABLE_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked whether it has.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// `struct ifreq` of `linux/if.h` as `TUNSETIFF` reads it: the name, then the flags in a union of 24 bytes.
 #[repr(C)]
@@ -52,7 +58,7 @@ pub fn create_tap(netlink: &Netlink, spec: &TapSpec<'_>) -> Result<OwnedFd, Host
     if name.is_empty() || name.len() >= NAME_SIZE || name.bytes().any(|byte| !byte.is_ascii_alphanumeric()) {
         return Err(HostdError::refused(what(), "an interface name is 1 to 15 letters and digits here"));
     }
-    let tap = attach(name, what)?;
+    let tap = make(netlink, spec, what)?;
     if let Some(owner) = spec.owner {
         let owner = usize::try_from(owner).expect("a uid fits into a pointer");
         // SAFETY: `TUNSETOWNER` takes the uid as an integer argument and accesses no memory.
@@ -62,6 +68,28 @@ pub fn create_tap(netlink: &Netlink, spec: &TapSpec<'_>) -> Result<OwnedFd, Host
     crate::sysctl::set_port(name)?;
     netlink.attach(name, spec.bridge, spec.guest_mac, spec.alias)?;
     Ok(tap)
+}
+
+/// Makes the TAP, when what was in its place for an earlier VMM ([`crate::apart`]) is gone.
+fn make(netlink: &Netlink, spec: &TapSpec<'_>, what: impl Fn() -> String) -> Result<OwnedFd, HostdError> {
+    let deadline = Instant::now() + CABLE_PATIENCE;
+    loop {
+        let refused = match attach(spec.name, &what) {
+            // That is no TAP.
+            Err(error @ HostdError::Io { .. }) if error.is_invalid() => error,
+            done => return done,
+        };
+        match netlink.link(spec.name)? {
+            None => {}
+            Some(link) if link.alias.as_deref() != Some(spec.alias) && link.alias.is_some() => return Err(refused),
+            Some(_) if Instant::now() >= deadline => return Err(held(what())),
+            Some(_) => std::thread::sleep(LOOK_AGAIN),
+        }
+    }
+}
+
+fn held(what: String) -> HostdError {
+    HostdError::refused(what, "another process still holds it; its VMM runs, or is just ending")
 }
 
 /// Opens the TAP of this name, and makes it when there is none.
@@ -78,7 +106,7 @@ fn attach(name: &str, what: impl Fn() -> String) -> Result<OwnedFd, HostdError> 
     // SAFETY: `TUNSETIFF` reads and writes one `struct ifreq` (linux/if_tun.h), of which `InterfaceRequest` has size and layout.
     let made = unsafe { ioctl::ioctl(&tap, ioctl::Updater::<TUNSETIFF, InterfaceRequest>::new(&mut request)) };
     if made == Err(rustix::io::Errno::BUSY) {
-        return Err(HostdError::refused(what(), "another process still holds it; its VMM runs, or is just ending"));
+        return Err(held(what()));
     }
     made.during(what)?;
     Ok(tap)
@@ -140,7 +168,7 @@ impl Drop for KeptTap {
     }
 }
 
-fn persist(tap: &OwnedFd, on: usize) -> rustix::io::Result<()> {
+pub(crate) fn persist(tap: &OwnedFd, on: usize) -> rustix::io::Result<()> {
     // SAFETY: `TUNSETPERSIST` takes an integer argument and accesses no memory.
     unsafe { ioctl::ioctl(tap, ioctl::IntegerSetter::<TUNSETPERSIST>::new_usize(on)) }
 }

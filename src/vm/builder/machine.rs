@@ -23,7 +23,7 @@ use crate::vm::pool::Image;
 use crate::vm::throwaway::{Throwaway, Waited};
 use crate::vmm::{Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, VmSpec};
 
-/// What the machine's directory holds at most, in bytes: sockets, and what its console and QEMU say.
+/// What the machine's directory holds at most, in bytes: sockets, and what its console and VMM say.
 const SCRATCH: u64 = 32 << 20;
 
 /// A disk for less than this is none for nix's own database and a file system's journal, in bytes.

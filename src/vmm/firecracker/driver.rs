@@ -1,34 +1,38 @@
 //! The driver: the interface of [`crate::vmm`] over one jailed Firecracker per machine.
 
+use std::error::Error;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus};
+use std::process::ExitStatus;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use mvm_firecracker::{
     Api, ApiError, ApiErrorKind, CallTiming, CpuTemplate, Deadlines, Found, Fresh, HugePages, Paused, SnapshotType, Unknown,
 };
+use mvm_hostd::HostdError;
+use mvm_hostd::apart::{self, Cable};
 use mvm_hostd::tap::KeptTap;
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
 use rustix::fs::{Gid, OFlags, Uid, fchown};
 use rustix::process::Pid;
 
 use super::args::{self, Limits, Machine};
-use super::jail::{self, Entry, Launch};
+use super::jail::{self, Entry, Launch, Network};
 use super::metrics;
 use super::snapshot::{Scratch, guard, merge};
 use super::versions::{self, Installed, Verdict};
 use crate::infra::process::ProcessIdentity;
+use crate::vmm::child::{Child, Children};
 use crate::vmm::files::{open_directory, open_for_vmm, open_log, open_plain, open_plain_at, open_socket};
 use crate::vmm::limits;
-use crate::vmm::process::{self, Children, pid_of};
+use crate::vmm::process;
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError,
     VmmKind, VmmStamp,
 };
 
@@ -57,6 +61,15 @@ const MOST_STATE: u64 = 10_000_000;
 /// what was written since are its memory.
 const TRACKED: &str = "memory-is-tracked";
 
+/// What network a Firecracker sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JailNetwork {
+    /// The host's, of which an unprivileged user can use what others can.
+    Shared,
+    /// Its guest's interface, and nothing else.
+    Own,
+}
+
 /// How the driver is set up.
 #[derive(Debug, Clone)]
 pub struct FirecrackerOptions {
@@ -74,6 +87,8 @@ pub struct FirecrackerOptions {
     pub trial_uid: u32,
     /// The pages that guest memory is made of.
     pub huge_pages: HugePages,
+    /// What network a Firecracker sees.
+    pub network: JailNetwork,
     /// Arguments of guests' kernels before those of their images.
     pub kernel_args: Vec<String>,
     /// Arguments of Firecracker's own, for one that was built without its system call filters.
@@ -115,8 +130,10 @@ struct Started {
     api: Api<Fresh>,
     /// How long it took until Firecracker listened.
     jail: Duration,
-    /// The TAP, which is kept until Firecracker has it.
+    /// The TAP on the host, which is kept until Firecracker has it.
     tap: Option<KeptTap>,
+    /// Or the way to it.
+    cable: Option<Cable>,
     /// What the API's connections are made to, as long as there may be more of them.
     _socket: OwnedFd,
 }
@@ -200,7 +217,7 @@ impl Firecracker {
             scratch: None,
             console_log: dir.path().join("console"),
             vmm_log: dir.path().join("log"),
-            lifetime: Lifetime::Detached,
+            lifetime: Lifetime::WithCaller,
         };
         let console = spec.console_log.clone();
         let vm = match self.boot_with(installed, spec) {
@@ -241,11 +258,11 @@ impl Firecracker {
             version: installed.numbers(),
         })
         .map_err(|why| VmmError::Failed { what, why })?;
-        let Started { vm, api, jail, tap, _socket } = self.start(installed, spec, From::Kernel)?;
+        let Started { vm, api, jail, tap, cable, _socket } = self.start(installed, spec, From::Kernel)?;
         match api.boot(&boot) {
             Ok(mut api) => {
                 self.note(jail, api.take_timeline());
-                self.let_go(what, &vm, tap)?;
+                self.let_go(what, &vm, tap, cable)?;
                 Ok(vm)
             }
             Err(failed) => Err(self.give_up(what, &vm, failed.error)),
@@ -265,9 +282,6 @@ impl Firecracker {
             ))
         })?;
         let uid = spec.uid.ok_or_else(|| unusable("its jail is made by root; try it with sudo".into()))?;
-        if spec.lifetime == Lifetime::WithCaller {
-            return Err(unusable("a machine that ends with its caller is QEMU's".into()));
-        }
         let io = |doing: String| move |source| VmmError::Io { what: doing, source };
         let group = limits::group(&spec, self.overhead_mib())?;
         let base = self.options.facts_file.with_file_name("jails");
@@ -308,9 +322,7 @@ impl Firecracker {
             }
             entries.push(Entry::file(args::drive_path(name), file, *access)?);
         }
-        // Firecracker opens the TAP itself, by its name; one queue has one owner.
-        let tap = spec.nic.map(|nic| KeptTap::keep(nic.tap, &nic.tap_name)).transpose();
-        let tap = tap.map_err(|error| VmmError::Failed { what, why: error.to_string() })?;
+        let (network, tap, cable) = self.network(spec.nic).map_err(|error| VmmError::Failed { what, why: with_source(&error) })?;
         let id = args::jail_id(&spec.node, &spec.at);
         let limits = Limits { file_bytes: largest, descriptors: 2048 };
         let arguments =
@@ -324,13 +336,15 @@ impl Firecracker {
             uid,
             procs: limits::procs(group.as_ref())?,
             entries,
+            network,
+            lifetime: spec.lifetime,
             console: open_log(&spec.console_log)?,
             log: open_log(&spec.vmm_log)?,
         };
         let mut child = jail::launch(launched).map_err(io(format!("cannot start {}", jailer.display())))?;
         drop((spec.drives, group));
         let ended = |status: Option<ExitStatus>| VmmError::Failed { what, why: words(status, &host_dir, &spec.vmm_log) };
-        let Some(process) = ProcessIdentity::of(pid_of(&child)) else { return Err(ended(child.wait().ok())) };
+        let Some(process) = ProcessIdentity::of(child.pid()) else { return Err(ended(child.wait().ok())) };
         let socket = match wait_for_socket(&host_dir, &mut child) {
             Ok(Some(socket)) => socket,
             Ok(None) => return Err(ended(child.wait().ok())),
@@ -345,13 +359,29 @@ impl Firecracker {
             VmHandle { vmm: VmmKind::Firecracker, process, run_dir: spec.run_dir, mem_mib: spec.mem_mib, stamp: Some(stamp(installed)) };
         let jail = begun.elapsed();
         match Api::connect_while(&by_descriptor(&socket), DEADLINES, || self.liveness(&vm) == Liveness::Alive) {
-            Ok(api) => Ok(Started { vm, api, jail, tap, _socket: socket }),
+            Ok(api) => Ok(Started { vm, api, jail, tap, cable, _socket: socket }),
             Err(error) => Err(self.give_up(what, &vm, error)),
         }
     }
 
-    /// Has the TAP end with the machine.
-    fn let_go(&self, what: &'static str, vm: &VmHandle, tap: Option<KeptTap>) -> Result<(), VmmError> {
+    /// The network of a jail. Firecracker opens the TAP itself, by its name, and one queue has one owner.
+    fn network(&self, nic: Option<Nic>) -> Result<(Network, Option<KeptTap>, Option<Cable>), HostdError> {
+        Ok(match (nic, self.options.network) {
+            (None, JailNetwork::Shared) => (Network::Host, None, None),
+            (None, JailNetwork::Own) => (Network::Nothing, None, None),
+            (Some(nic), JailNetwork::Shared) => (Network::Host, Some(KeptTap::keep(nic.tap, &nic.tap_name)?), None),
+            (Some(nic), JailNetwork::Own) => {
+                let cable = apart::take_apart(nic.tap, &nic.tap_name, nic.mac)?;
+                (Network::Apart(cable.namespace()?), None, Some(cable))
+            }
+        })
+    }
+
+    /// Has the TAP, or the way to it, end with the machine.
+    fn let_go(&self, what: &'static str, vm: &VmHandle, tap: Option<KeptTap>, cable: Option<Cable>) -> Result<(), VmmError> {
+        if let Some(cable) = cable {
+            cable.let_go();
+        }
         let (Some(mut tap), Some(pid)) = (tap, Pid::from_raw(vm.process.pid)) else { return Ok(()) };
         let name = tap.name().to_owned();
         let why = match tap.let_go(pid) {
@@ -394,8 +424,9 @@ impl Firecracker {
 
     /// Why a machine is gone: what it ended with, if this process started it, or else what it said last.
     fn last_words(&self, vm: &VmHandle) -> Option<String> {
-        let by_end = self.children.end_of(vm.process.pid).and_then(|status| reason_of_end(&status));
-        by_end.or_else(|| reason(&log_text(&vm.run_dir.join(args::HOST_DIR_NAME))))
+        let status = self.children.end_of(vm.process.pid);
+        let log = log_text(&vm.run_dir.join(args::HOST_DIR_NAME));
+        panic(&log).or_else(|| status.as_ref().and_then(reason_of_end)).or_else(|| reason(&log))
     }
 
     /// Connects to a machine that runs, and finds its phase; the descriptor is what is connected to again when Firecracker hangs up.
@@ -553,7 +584,7 @@ impl Vmm for Firecracker {
         let renewed: Vec<_> =
             renewed.map(|one| args::changed_drive(one.name)).collect::<Result<_, _>>().map_err(|why| VmmError::Failed { what, why })?;
         let tracked = spec.run_dir.join(TRACKED);
-        let Started { vm, api, jail, tap, _socket } = self.start(&installed, spec, From::Snapshot { dir })?;
+        let Started { vm, api, jail, tap, cable, _socket } = self.start(&installed, spec, From::Snapshot { dir })?;
         let mut api = match api.load_snapshot(&args::outputs(installed.numbers()), &load) {
             Ok(api) => api,
             Err(failed) => return Err(self.give_up(what, &vm, failed.error)),
@@ -568,19 +599,24 @@ impl Vmm for Firecracker {
             return Err(VmmError::Io { what: format!("cannot make {}", tracked.display()), source });
         }
         self.note(jail, api.take_timeline());
-        self.let_go(what, &vm, tap)?;
+        self.let_go(what, &vm, tap, cable)?;
         Ok(vm)
     }
 
     fn kill(&self, vm: &VmHandle) -> Result<(), VmmError> {
+        let network = own_network(&vm.process);
         let result = process::kill(&vm.process);
         self.children.reap();
-        result
+        result.map(|()| unplug(network))
     }
 
     fn wait_exit(&self, vm: &VmHandle, timeout: Duration) -> Result<Liveness, VmmError> {
+        let network = own_network(&vm.process);
         let liveness = process::wait_exit(&vm.process, timeout)?;
         self.children.reap();
+        if liveness == Liveness::Gone {
+            unplug(network);
+        }
         Ok(liveness)
     }
 
@@ -641,6 +677,29 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// The network namespace of a machine, where that is another one than this thread's.
+fn own_network(process: &ProcessIdentity) -> Option<OwnedFd> {
+    let namespace = File::open(format!("/proc/{}/ns/net", process.pid)).ok()?;
+    let here = fs::metadata("/proc/thread-self/ns/net").ok()?;
+    let is_here = namespace.metadata().ok()?.ino() == here.ino();
+    // Looked at after opening: a pid may be another process's by now.
+    (!is_here && process.is_alive()).then(|| namespace.into())
+}
+
+/// Takes the interface of a machine that has ended off the host.
+fn unplug(network: Option<OwnedFd>) {
+    let Some(namespace) = network else { return };
+    if let Err(error) = apart::unplug(namespace.as_fd()) {
+        // The kernel does it when nobody has the namespace open.
+        tracing::debug!(error = with_source(&error), "an interface stays until its network namespace is gone");
+    }
+}
+
+/// An error in one line with what the system said of it.
+fn with_source(error: &HostdError) -> String {
+    error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
+}
+
 /// A file that the machine's user has to be able to read.
 fn readable(path: &str, file: &Path, uid: u32) -> Result<Entry, VmmError> {
     Entry::file(path, &open_for_vmm(file, Some(uid))?.into(), DriveAccess::ReadOnly)
@@ -697,11 +756,16 @@ fn reason_of_end(status: &ExitStatus) -> Option<String> {
     Some(match (status.code(), status.signal()) {
         (Some(148), _) | (_, Some(libc::SIGSYS)) => filter.into(),
         (Some(151), _) => "it wrote more into a file than it may".into(),
-        (Some(149 | 150 | 154..=156), _) => format!("it was ended by a signal of its own, exit code {}", status.code().unwrap_or(-1)),
+        (Some(149 | 150 | 154..=157), _) => format!("it was ended by a signal of its own, exit code {}", status.code().unwrap_or(-1)),
         (_, Some(libc::SIGKILL)) => "it was killed".into(),
         (_, Some(signal)) => format!("it was ended by signal {signal}"),
         _ => return None,
     })
+}
+
+/// What a Firecracker panicked of. It aborts then, by a signal that is none to the first process of a namespace, and so by another one.
+fn panic(log: &str) -> Option<String> {
+    log.split_once("Firecracker panicked at ").map(|(_, what)| format!("it panicked at {what}"))
 }
 
 /// What Firecracker's last words mean.
@@ -722,10 +786,11 @@ fn reason(log: &str) -> Option<String> {
 
 /// Why a Firecracker ended before it listened.
 fn words(status: Option<ExitStatus>, host_dir: &Path, vmm_log: &Path) -> String {
-    if let Some(why) = status.as_ref().and_then(reason_of_end) {
+    let log = log_text(host_dir);
+    if let Some(why) = panic(&log).or_else(|| status.as_ref().and_then(reason_of_end)) {
         return why;
     }
-    let said = reason(&log_text(host_dir)).unwrap_or_else(|| process::log_tail(vmm_log));
+    let said = reason(&log).unwrap_or_else(|| process::log_tail(vmm_log));
     match status {
         Some(status) if let Some(signal) = status.signal() => format!("it was ended by signal {signal}: {said}"),
         Some(status) => format!("it ended with exit code {}: {said}", status.code().unwrap_or(-1)),
@@ -761,6 +826,9 @@ mod tests {
         let bad = "2026-11-24T11:20:00 [mvm:main] Shutting down VM after intercepting a bad syscall (232).";
         assert!(reason(bad).unwrap().contains("at system call 232"));
         assert!(reason("x; Vmm is stopping.").unwrap().contains("restarted or panicked"));
+        let panicked = "2026-11-24T15:02:32 [mvm:main] Firecracker panicked at src/main.rs:309:48:; Invalid instance ID";
+        assert_eq!(panic(panicked).as_deref(), Some("it panicked at src/main.rs:309:48:; Invalid instance ID"));
+        assert_eq!(panic(bad), None);
         let bad = "1 [x:main:ERROR] one";
         assert_eq!(reason(&format!("0 [x:main:WARN] early; {bad}; 2 [x:fc_api] The API server received")).as_deref(), Some(bad));
         assert_eq!(reason(&format!("{bad}; 2 [x:main:ERROR] Failed to write metrics: full")).as_deref(), Some(bad));

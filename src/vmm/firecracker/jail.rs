@@ -1,26 +1,25 @@
-//! The jail: a mount namespace and a tmpfs of the child's own, filled before it becomes the jailer.
+//! The jail: namespaces and a tmpfs of the child's own, filled before it becomes the jailer.
 //!
-//! Everything that needs a name, a length or memory is prepared before the fork; between fork and exec there are system calls only.
+//! Everything that needs a name, a length or memory is prepared before the clone; between clone and exec there are system calls only.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
 use mvm_hostd::cgroup;
-use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change, mount_remount, move_mount, open_tree,
 };
-use rustix::process::{Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit, setsid, umask};
-use rustix::thread::{UnshareFlags, set_no_new_privs, unshare_unsafe};
+use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, set_no_new_privs, unshare_unsafe};
 
-use crate::vmm::{DriveAccess, VmmError};
+use crate::vmm::child::{self, Child, Program};
+use crate::vmm::{DriveAccess, Lifetime, VmmError};
 
 /// What the jail may take besides its files: directories, devices, the jailer's own. A limit, no use.
 const SLACK: u64 = 16 << 20;
@@ -33,8 +32,8 @@ pub(super) struct Entry {
 
 enum Content {
     /// A file or directory of the host, mounted.
-    Mounted { tree: OwnedFd, kind: Kind, access: DriveAccess },
-    /// A file that has no name anywhere, copied.
+    Mounted { tree: OwnedFd, kind: Kind, access: DriveAccess, name: Option<LentName> },
+    /// A file in memory that has no name anywhere, copied.
     Copied { from: OwnedFd, bytes: u64 },
 }
 
@@ -53,7 +52,13 @@ impl Entry {
         let path = path.into();
         let failed = |error: Errno| VmmError::Io { what: format!("cannot put {path} into the jail"), source: error.into() };
         match open_tree(file, c"", CLONE) {
-            Ok(tree) => Ok(Self { path, content: Content::Mounted { tree, kind: Kind::File, access } }),
+            Ok(tree) => {
+                // The kernel puts a mount only of what has a name in place.
+                let name =
+                    if rustix::fs::fstat(file).map_err(failed)?.st_nlink == 0 { Some(LentName::lend(file).map_err(failed)?) } else { None };
+                let tree = name.as_ref().map_or(Ok(tree), LentName::clone_mount).map_err(failed)?;
+                Ok(Self { path, content: Content::Mounted { tree, kind: Kind::File, access, name } })
+            }
             // What is in memory only has no mount that could be cloned.
             Err(Errno::INVAL) => {
                 let bytes = u64::try_from(rustix::fs::fstat(file).map_err(failed)?.st_size).unwrap_or(0);
@@ -72,11 +77,53 @@ impl Entry {
         let path = path.into();
         let tree = open_tree(directory, c"", CLONE)
             .map_err(|error| VmmError::Io { what: format!("cannot put {path} into the jail"), source: error.into() })?;
-        Ok(Self { path, content: Content::Mounted { tree, kind: Kind::Directory, access: DriveAccess::ReadWrite } })
+        Ok(Self { path, content: Content::Mounted { tree, kind: Kind::Directory, access: DriveAccess::ReadWrite, name: None } })
     }
 }
 
 const CLONE: OpenTreeFlags = OpenTreeFlags::AT_EMPTY_PATH.union(OpenTreeFlags::OPEN_TREE_CLONE).union(OpenTreeFlags::OPEN_TREE_CLOEXEC);
+
+/// A name in its own directory that a file without one (`O_TMPFILE`) has while it is put into a jail.
+struct LentName {
+    directory: OwnedFd,
+    name: String,
+}
+
+impl LentName {
+    fn lend(file: &OwnedFd) -> rustix::io::Result<Self> {
+        // That of the directory, and a name that is none: `/place/#123 (deleted)`.
+        let place = rustix::fs::readlink(format!("/proc/self/fd/{}", file.as_raw_fd()), Vec::new())?;
+        let place = Path::new(OsStr::from_bytes(place.as_bytes())).parent().ok_or(Errno::NOENT)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(place, flags, Mode::empty())?;
+        let name = format!(".jailed-{}-{}", std::process::id(), file.as_raw_fd());
+        rustix::fs::linkat(file, c"", &directory, &name, AtFlags::EMPTY_PATH)?;
+        Ok(Self { directory, name })
+    }
+
+    fn clone_mount(&self) -> rustix::io::Result<OwnedFd> {
+        open_tree(&self.directory, &self.name, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
+    }
+}
+
+impl Drop for LentName {
+    fn drop(&mut self) {
+        if let Err(error) = rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty()) {
+            tracing::warn!(name = self.name, %error, "a drive keeps the name that it was lent");
+        }
+    }
+}
+
+/// The network of what is in a jail.
+#[derive(Debug)]
+pub(super) enum Network {
+    /// The host's.
+    Host,
+    /// That of a namespace, in which its TAP is.
+    Apart(OwnedFd),
+    /// None: a namespace with nothing in it.
+    Nothing,
+}
 
 /// What is started in a jail.
 pub(super) struct Launch<'a> {
@@ -96,13 +143,17 @@ pub(super) struct Launch<'a> {
     pub procs: Option<OwnedFd>,
     /// What is in it.
     pub entries: Vec<Entry>,
+    /// What network it has.
+    pub network: Network,
+    /// How long it outlives whoever starts it.
+    pub lifetime: Lifetime,
     /// Standard output: the guest's console.
     pub console: File,
     /// Standard error: the jailer's words, and Firecracker's last ones.
     pub log: File,
 }
 
-/// A step between fork and exec.
+/// A step between clone and exec.
 enum Step {
     Directory { path: CString, own: bool },
     Mount { tree: OwnedFd, target: CString, kind: Kind, access: DriveAccess },
@@ -120,6 +171,8 @@ pub(super) fn launch(launch: Launch<'_>) -> io::Result<Child> {
     steps.push(directory(&root, true)?);
     let mut bytes = std::fs::metadata(launch.firecracker)?.len() + SLACK;
     let mut made: Vec<String> = Vec::new();
+    // Until all is in its place.
+    let mut names = Vec::new();
     for Entry { path, content } in launch.entries {
         let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent).to_owned();
         if !parent.is_empty() && !made.contains(&parent) {
@@ -128,7 +181,10 @@ pub(super) fn launch(launch: Launch<'_>) -> io::Result<Child> {
         }
         let target = c_string(&root.join(path.trim_start_matches('/')))?;
         match content {
-            Content::Mounted { tree, kind, access } => steps.push(Step::Mount { tree, target, kind, access }),
+            Content::Mounted { tree, kind, access, name } => {
+                names.extend(name);
+                steps.push(Step::Mount { tree, target, kind, access });
+            }
             Content::Copied { from, bytes: length } => {
                 bytes += length.next_multiple_of(4096);
                 steps.push(Step::Copy { from, target, bytes: length });
@@ -137,26 +193,26 @@ pub(super) fn launch(launch: Launch<'_>) -> io::Result<Child> {
     }
     let (base, options) = (c_string(launch.base)?, CString::new(format!("mode=0755,size={bytes},nr_inodes=1024"))?);
     let owner = (Uid::from_raw(launch.uid), Gid::from_raw(launch.uid));
-    let mut command = Command::new(launch.jailer);
-    command.args(&launch.arguments).env_clear().current_dir("/").stdin(Stdio::null()).stdout(launch.console).stderr(launch.log);
-    let (parent, procs) = (getpid(), launch.procs);
-    let prepare = move || {
+    let (network, procs) = (launch.network, launch.procs);
+    let new_namespaces = match network {
+        Network::Nothing => UnshareFlags::NEWNS | UnshareFlags::NEWNET,
+        Network::Host | Network::Apart(_) => UnshareFlags::NEWNS,
+    };
+    let prepare = || {
         // First, so that all that it makes is charged to its group.
         if let Some(procs) = &procs {
             cgroup::join(procs.as_fd())?;
-        }
-        // Until it has another user, which ends this, and by then it can be found by its name (`find_stray`).
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        if getppid() != Some(parent) {
-            return Err(Errno::SRCH.into());
         }
         setsid()?;
         umask(Mode::from_raw_mode(0o077));
         for (resource, value) in [(Resource::Core, 0), (Resource::Nproc, 512)] {
             setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
         }
-        // SAFETY: the child of a fork has one thread; no file descriptor table or address space is shared with another one.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        if let Network::Apart(namespace) = &network {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+        }
+        // SAFETY: the child has one thread; no file descriptor table or address space is shared with another one.
+        unsafe { unshare_unsafe(new_namespaces) }?;
         mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
         mount(c"mvm-jail", base.as_c_str(), c"tmpfs", MountFlags::NOSUID, Some(options.as_c_str()))?;
         for step in &steps {
@@ -165,10 +221,10 @@ pub(super) fn launch(launch: Launch<'_>) -> io::Result<Child> {
         set_no_new_privs(true)?;
         Ok(())
     };
-    // SAFETY: between fork and exec the closure makes system calls only, with paths that are NUL-terminated already; it neither
-    // allocates nor locks.
-    unsafe { command.pre_exec(prepare) };
-    command.spawn()
+    let (stdout, stderr) = (launch.console.into(), launch.log.into());
+    let program = Program { path: launch.jailer, arguments: &launch.arguments, stdout, stderr, prepare };
+    // SAFETY: the closure makes system calls only, with paths that are NUL-terminated already; it neither allocates nor locks.
+    unsafe { child::spawn(&program, launch.lifetime) }
 }
 
 fn carry_out(step: &Step, (uid, gid): (Uid, Gid)) -> io::Result<()> {
@@ -239,6 +295,8 @@ mod tests {
             uid: 0,
             procs: Some(file("procs").into()),
             entries: Vec::new(),
+            network: Network::Host,
+            lifetime: Lifetime::Detached,
             console: file("console"),
             log: file("log"),
         };

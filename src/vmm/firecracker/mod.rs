@@ -1,7 +1,7 @@
 //! The Firecracker driver: one jailed Firecracker per machine.
 //!
 //! ```text
-//!  mvm                         jailer, then Firecracker (same process, own uid, own mount namespace, nothing but this)
+//!  mvm                         jailer, then Firecracker (same process, own uid, own mount and PID namespace, nothing but this)
 //!  -------------------------   --------------------------------------------------------------------------------------
 //!  kernel, initrd, root    --> /image/kernel, /image/initrd, /drives/root      mounted, read-only
 //!  data disk               --> /drives/data                                    mounted
@@ -9,7 +9,7 @@
 //!  <run>/<instance>/jail   <-> /host/{api.sock, v.sock, firecracker.log, metrics}   mounted
 //!  <instance>/vmm          <-- /scratch/{state, memory}                        mounted; what a snapshot is written to
 //!  <instance>/snapshot     --> /restore/{state, memory}                        mounted, read-only, for a wake
-//!  TAP, by name, kept until Firecracker has it
+//!  TAP, by name, kept until Firecracker has it; or in a network namespace that has only it and the cable to its bridge
 //! ```
 //!
 //! The jail is a tmpfs that exists only in the mount namespace of the process that becomes the jailer: nobody else can plant
@@ -27,5 +27,5 @@ mod snapshot;
 mod versions;
 
 pub use args::VSOCK_SOCKET;
-pub use driver::{Firecracker, FirecrackerOptions};
+pub use driver::{Firecracker, FirecrackerOptions, JailNetwork};
 pub use versions::{Installed, MINIMUM, VERSIONS_DIR, Verdict, install};

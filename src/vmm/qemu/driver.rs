@@ -19,10 +19,11 @@ use super::probe::{self, HostFacts, KvmVerdict};
 use super::qmp::{Command, QmpClient, QmpError, RunState};
 use super::spawn::{Inherited, Launch, launch};
 use crate::infra::process::ProcessIdentity;
+use crate::vmm::child::Children;
 use crate::vmm::facts;
 use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
 use crate::vmm::limits;
-use crate::vmm::process::{self, Children, pid_of};
+use crate::vmm::process::{self, pid_of};
 use crate::vmm::{
     Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind,
     VmmStamp,
