@@ -8,6 +8,9 @@ use mvm::cli::exit::Exit;
 use mvm::cli::{Cli, run};
 
 fn main() -> ExitCode {
+    // A caller that ignores the ends of its children leaves that to what it starts, which could wait for none of its own then.
+    // SAFETY: the handler is the kernel's own.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => error.exit(),

@@ -50,8 +50,13 @@ pub fn print_info<R: Serialize>(info: &R, lines: &[(&str, String)], format: Outp
         return write_out(&to_json(info)?);
     }
     let width = lines.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 2;
-    let text: String = lines.iter().map(|(name, value)| format!("{:width$}{value}\n", format!("{name}:"))).collect();
+    let text: String = lines.iter().map(|(name, value)| format!("{:width$}{}\n", format!("{name}:"), plain(value))).collect();
     write_out(&text)
+}
+
+/// One line without what a terminal obeys, whatever a guest or a log had to say.
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// Writes to standard output; a reader that has gone away, as `head` does, is no error.
@@ -83,8 +88,7 @@ pub fn table<R: Row>(rows: &[R], format: OutputFormat) -> String {
     for line in &lines {
         let begin = text.len();
         for (cell, width) in line.iter().zip(&widths) {
-            // One line a row, whatever an error message has in it.
-            text.extend(cell.chars().map(|c| if matches!(c, '\n' | '\r') { ' ' } else { c }));
+            text.push_str(&plain(cell));
             text.extend(std::iter::repeat_n(' ', width - cell.chars().count() + 2));
         }
         text.truncate(begin + text[begin..].trim_end().len());
@@ -408,6 +412,12 @@ mod tests {
     fn tables_have_no_lines_and_no_trailing_spaces() {
         let rows = [CheckRow { check: "tun".into(), ok: true, found: "/dev/net/tun opens".into(), remedy: None }];
         assert_eq!(table(&rows, OutputFormat::Table), "CHECK  RESULT  FOUND               REMEDY\ntun    ok      /dev/net/tun opens\n");
+    }
+
+    #[test]
+    fn a_cell_moves_no_cursor_and_has_one_line() {
+        let rows = [CheckRow { check: "a\u{1b}[2Jb".into(), ok: true, found: "1\r\n2\t3\u{9b}4".into(), remedy: None }];
+        assert_eq!(table(&rows, OutputFormat::Table), "CHECK   RESULT  FOUND     REMEDY\na [2Jb  ok      1  2 3 4\n");
     }
 
     #[test]

@@ -277,13 +277,12 @@ impl Ruleset {
 
 /// What ports may move in one direction: a chain for each, and a map that leads there.
 fn limit(text: &mut String, direction: &str, limits: &[(String, u32)]) {
-    // A fifth of a second at once, so that what a VMM has shaped to the same rate passes whole; packets of guests have up to 64 KiB.
-    const LEAST_BURST: u64 = 1 << 18;
-    const MOST_BURST: u64 = 1 << 30;
+    // The kernel's bucket holds what a second may carry and this besides; packets of guests have up to 64 KiB. What a VMM has shaped to
+    // the same rate passes whole. Beyond 138 Gbit a second the kernel cannot count it any more.
+    const BURST: u64 = 1 << 18;
     for (tap, mbit) in limits {
         let rate = u64::from(*mbit) * 125_000;
-        let burst = (rate / 5).clamp(LEAST_BURST, MOST_BURST);
-        let _ = writeln!(text, "\tchain {direction}_{tap} {{\n\t\tlimit rate over {rate} bytes/second burst {burst} bytes drop\n\t}}");
+        let _ = writeln!(text, "\tchain {direction}_{tap} {{\n\t\tlimit rate over {rate} bytes/second burst {BURST} bytes drop\n\t}}");
     }
     let _ = writeln!(text, "\tmap limited_{direction} {{\n\t\ttype ifname : verdict");
     if !limits.is_empty() {

@@ -147,7 +147,12 @@ impl<'a> Throwaway<'a> {
         match node.vmm().boot(spec) {
             Ok(vm) => Ok(Self { node, vm, limits }),
             Err(error) => {
-                end(limits.as_ref())?;
+                if let Err(left) = end(limits.as_ref()) {
+                    tracing::warn!(
+                        error = super::error::with_causes(&left),
+                        "a machine that did not start leaves its cgroup, which the next apply removes"
+                    );
+                }
                 Err(error.into())
             }
         }

@@ -196,12 +196,12 @@ where
         Lifetime::WithCaller => {
             let keeper = Keeper::start()?;
             let child = std::thread::scope(|scope| {
-                let starting = scope.spawn(|| {
+                let starting = std::thread::Builder::new().spawn_scoped(scope, || {
                     keeper.enter()?;
                     // This thread ends at once: it is the keeper that the child ends with.
                     // SAFETY: as the caller promises.
                     unsafe { clone_into(program, 0, Parent::Irrelevant) }
-                });
+                })?;
                 starting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             });
             match child {
@@ -313,6 +313,8 @@ impl Children {
         lock(&self.running).retain_mut(|child| match child.try_wait() {
             Ok(None) => true,
             Ok(Some(status)) => {
+                // A number that was used again is the later one's.
+                ends.retain(|(other, _)| *other != child.pid());
                 ends.push((child.pid(), status));
                 false
             }
@@ -322,12 +324,10 @@ impl Children {
         ends.drain(..most);
     }
 
-    /// How one of them ended, once.
+    /// How one of them ended, if it has.
     pub(super) fn end_of(&self, pid: i32) -> Option<ExitStatus> {
         self.reap();
-        let mut ends = lock(&self.ended);
-        let at = ends.iter().position(|(other, _)| *other == pid)?;
-        Some(ends.remove(at).1)
+        lock(&self.ended).iter().find(|(other, _)| *other == pid).map(|(_, status)| *status)
     }
 }
 
@@ -360,8 +360,10 @@ mod tests {
         children.reap();
         assert!(lock(&children.running).is_empty());
         assert!(stats(&process).is_none());
-        assert_eq!(children.end_of(process.pid).and_then(|status| status.signal()), Some(libc::SIGKILL));
-        assert_eq!(children.end_of(process.pid), None);
+        for _ in 0..2 {
+            assert_eq!(children.end_of(process.pid).and_then(|status| status.signal()), Some(libc::SIGKILL));
+        }
+        assert_eq!(children.end_of(1), None);
     }
 
     /// Runs a shell; returns it with what it says on both streams.

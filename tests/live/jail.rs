@@ -558,7 +558,7 @@ fn a_start_that_goes_wrong_at_any_call_is_undone_and_done_again() {
             // Before or after mvm has let go of its TAP.
             ("running", "exit:148", "ended"),
             // Its first thread is a zombie while the others still have the TAP.
-            ("PUT /actions", "leave:400ms exit:148", "system call filter"),
+            ("PUT /actions", "leave:100ms exit:148", "system call filter"),
         ] {
             rig.ok(&["instance", "stop", "--force", &at]);
             stand_in(rig, &misbehaving(call, json!({ "do": word.split(' ').collect::<Vec<_>>() })));

@@ -49,6 +49,9 @@ fn a_drive_moves_no_more_than_its_pool_may() {
 fn a_limit_of_the_network_is_in_the_packet_filter_as_long_as_it_is_declared() {
     on_a_host_of(Driver::Firecracker, 1, |rig| {
         let rules = || crate::wire::run("nft", &["list", "table", "bridge", "mvm"]);
+        // The most that is taken is something that the kernel can count.
+        rig.apply(&one_with("net_mbit_per_second = 100000"));
+        assert!(rules().contains("limit rate over"), "{}", rules());
         rig.apply(&one_with("net_mbit_per_second = 50, reclaim_memory = true"));
         let tap = "tn7i0";
         let text = rules();

@@ -100,7 +100,9 @@ pub fn unplug(namespace: BorrowedFd<'_>) -> Result<(), HostdError> {
     elsewhere(|| {
         move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network)).during(what)?;
         let netlink = Netlink::open()?;
-        netlink.link(CABLE)?.map_or(Ok(()), |cable| netlink.remove_link(cable.index, &what()))
+        // Another namespace than was meant has no such bridge, and an interface of that name there is not ours.
+        let cable = if netlink.link(JOINT)?.is_some_and(|joint| joint.is_bridge) { netlink.link(CABLE)? } else { None };
+        cable.map_or(Ok(()), |cable| netlink.remove_link(cable.index, &what()))
     })
 }
 

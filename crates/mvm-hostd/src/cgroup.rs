@@ -324,10 +324,13 @@ impl Place {
         Ok(true)
     }
 
-    /// Tells whether the kernel has killed a process of the group for want of memory; not, when the group is gone.
+    /// Tells whether the kernel has killed a process of the group because it took more than its `memory.max`; not, when the group is gone.
+    ///
+    /// `oom_kill` alone also counts what the host's own want of memory ended (admin-guide/cgroup-v2.rst of the kernel).
     pub fn ran_out_of_memory(&self) -> bool {
         let events = fs::read_to_string(self.path().join("memory.events")).unwrap_or_default();
-        events.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|times| times != "0"))
+        let some = |name: &str| events.lines().any(|line| line.strip_prefix(name).is_some_and(|times| times.trim() != "0"));
+        some("oom ") && some("oom_kill ")
     }
 
     fn open(&self) -> Result<Option<OwnedFd>, HostdError> {

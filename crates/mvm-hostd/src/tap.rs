@@ -80,10 +80,11 @@ fn make(netlink: &Netlink, spec: &TapSpec<'_>, what: impl Fn() -> String) -> Res
             done => return done,
         };
         match netlink.link(spec.name)? {
-            None => {}
             Some(link) if link.alias.as_deref() != Some(spec.alias) && link.alias.is_some() => return Err(refused),
             Some(_) if Instant::now() >= deadline => return Err(held(what())),
-            Some(_) => std::thread::sleep(LOOK_AGAIN),
+            // Gone by now, or never there and refused for another reason.
+            None if Instant::now() >= deadline => return Err(refused),
+            _ => std::thread::sleep(LOOK_AGAIN),
         }
     }
 }

@@ -126,7 +126,7 @@ pub fn pool_problems(pool: &PoolSpec) -> Vec<(String, String)> {
     for (name, rate, most) in [
         ("drive_mib_per_second", resources.drive_mib_per_second, 1_048_576),
         ("drive_iops", resources.drive_iops, 10_000_000),
-        ("net_mbit_per_second", resources.net_mbit_per_second, 1_000_000),
+        ("net_mbit_per_second", resources.net_mbit_per_second, 100_000),
     ] {
         if let Some(rate) = rate.filter(|rate| !(1..=most).contains(rate)) {
             found.push((format!("instance_resources.{name}"), format!("{rate} is not between 1 and {most}; left out, there is no limit")));
@@ -242,11 +242,11 @@ mod tests {
             change(&mut spec.instance_resources);
             pool_problems(&spec)
         };
-        assert_eq!(with(|all| (all.drive_iops, all.net_mbit_per_second) = (Some(1), Some(1_000_000))), []);
+        assert_eq!(with(|all| (all.drive_iops, all.net_mbit_per_second) = (Some(1), Some(100_000))), []);
         for (place, found) in [
             ("drive_mib_per_second", with(|all| all.drive_mib_per_second = Some(0))),
             ("drive_iops", with(|all| all.drive_iops = Some(0))),
-            ("net_mbit_per_second", with(|all| all.net_mbit_per_second = Some(1_000_001))),
+            ("net_mbit_per_second", with(|all| all.net_mbit_per_second = Some(100_001))),
         ] {
             assert_eq!(found.len(), 1, "{place}");
             assert!(found[0].0.ends_with(place) && found[0].1.contains("left out, there is no limit"), "{found:?}");

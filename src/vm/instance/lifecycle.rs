@@ -383,7 +383,7 @@ impl Locked<'_> {
             Ok(ready) => Ok((vm, ready.boot_id)),
             Err(error) => {
                 // The guest is lost a moment before the last thread of its VMM is.
-                let died = self.node.vmm().wait_exit(&vm, LAST_THREADS)? == Liveness::Gone;
+                let died = matches!(self.node.vmm().wait_exit(&vm, LAST_THREADS), Ok(Liveness::Gone));
                 let said = self.node.why_gone(&self.at, &vm).filter(|_| died);
                 self.node.vmm().kill(&vm)?;
                 if died {

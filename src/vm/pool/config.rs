@@ -42,7 +42,7 @@ pub struct InstanceResources {
     pub drive_iops: Option<u32>,
     /// What its network interface may move in a second and each direction, in Mbit (10^6 bits); unbounded when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 1_000_000))]
+    #[schemars(range(min = 1, max = 100_000))]
     pub net_mbit_per_second: Option<u32>,
     /// Whether memory that the guest frees goes back to the host while it runs, where the VMM can do that.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

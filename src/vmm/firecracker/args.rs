@@ -54,10 +54,9 @@ const BOUNDS_CONSOLES: (u32, u32, u32) = (1, 16, 0);
 /// The token buckets of a device: what is moved in bytes, and how often.
 fn limiter(bytes: Option<u64>, times: Option<u64>) -> Option<fc::RateLimiter> {
     // A bucket that holds a tenth of a second, filled ten times a second: smooth, and nothing is too large for it.
-    let bucket = |rate: u64, least: u64| fc::TokenBucket {
-        size: (rate / 10).max(least),
-        refill_time: 100.max(least * 1000 / rate.max(1)),
-        one_time_burst: None,
+    let bucket = |rate: u64, least: u64| {
+        let size = (rate / 10).max(least);
+        fc::TokenBucket { size, refill_time: (size * 1000 / rate.max(1)).max(1), one_time_burst: None }
     };
     let limiter = fc::RateLimiter { bandwidth: bytes.map(|rate| bucket(rate, 1 << 16)), ops: times.map(|rate| bucket(rate, 1)) };
     (limiter != fc::RateLimiter::default()).then_some(limiter)
@@ -301,6 +300,11 @@ mod tests {
         let slow = Rates { net_mbit: Some(1), drive_iops: Some(1), ..Rates::default() };
         let once = drive_limiter(slow).unwrap();
         assert_eq!((once.bandwidth, once.ops.map(|bucket| (bucket.size, bucket.refill_time))), (None, Some((1, 1000))));
+        for wanted in [7, 19, 29, 99, 12_345] {
+            let bucket = drive_limiter(Rates { drive_iops: Some(wanted), ..Rates::default() }).unwrap().ops.unwrap();
+            let (got, wanted) = (bucket.size as f64 * 1000.0 / bucket.refill_time as f64, f64::from(wanted));
+            assert!((wanted..wanted * 1.03).contains(&got), "{got} for {wanted}");
+        }
         assert_eq!(drive_limiter(Rates { net_mbit: Some(1), ..Rates::default() }), None);
         let bucket = net_limiter(slow).unwrap().bandwidth.unwrap();
         assert!(bucket.size >= 65_536 && bucket.size * 1000 / bucket.refill_time <= 125_100, "{bucket:?}");

@@ -210,7 +210,7 @@ impl Qemu {
         };
         let facts = self.host_facts(Some(kernel.unwrap_or(&spec.kernel)))?;
         let acceleration = self.acceleration(&facts)?;
-        let group = limits::group(&spec, self.overhead_mib())?;
+        let group = limits::group(&spec, self.overhead_mib() + soft_tlb_mib(acceleration, &spec))?;
         let procs = limits::procs(group.as_ref())?;
         let mut inherit = Inherited::default();
         let mapping = match from {
@@ -487,6 +487,13 @@ impl Vmm for Qemu {
 enum From {
     Kernel,
     Snapshot { device_state: File },
+}
+
+/// What QEMU needs in software, in MiB at most, to find pages of the guest: tables of each virtual CPU that grow with what is in use
+/// (`CPU_TLB_DYN_MAX_BITS` of QEMU), seen from a thirty-second of the guest's memory up.
+fn soft_tlb_mib(acceleration: Acceleration, spec: &VmSpec) -> u32 {
+    const MOST_MIB: u32 = 128;
+    if acceleration == Acceleration::Tcg { u32::from(spec.vcpus) * (spec.mem_mib / 32).min(MOST_MIB) } else { 0 }
 }
 
 /// What snapshots of a machine that starts now depend on.
