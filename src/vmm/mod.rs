@@ -286,7 +286,9 @@ pub trait Vmm: Send + Sync {
     fn wait_exit(&self, vm: &VmHandle, timeout: Duration) -> Result<Liveness, VmmError>;
 
     /// Tells whether it runs; cheap, since every pass asks it of every instance.
-    fn liveness(&self, vm: &VmHandle) -> Liveness;
+    fn liveness(&self, vm: &VmHandle) -> Liveness {
+        if vm.process.is_alive() { Liveness::Alive } else { Liveness::Gone }
+    }
 
     /// Finds the machine of an instance that was started and not recorded, if it runs; its VMM's user is `uid`, or mvm's own as yet.
     fn find_stray(
@@ -324,7 +326,9 @@ pub trait Vmm: Send + Sync {
     }
 
     /// Returns what it uses.
-    fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError>;
+    fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {
+        process::stats(&vm.process).ok_or(VmmError::Gone { what: "cannot read what the virtual machine uses" })
+    }
 }
 
 /// Why a driver could not do something.

@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::jail::cycles;
+use crate::leftovers::cycles;
 use crate::rig::{Driver, NOTHING, ONE, on_a_host, on_a_host_of};
 
 /// Says that a test is run in a guest, and how often a group is made and ended there.

@@ -21,6 +21,7 @@
 
 mod args;
 mod driver;
+mod ends;
 mod jail;
 mod metrics;
 mod snapshot;

@@ -25,8 +25,7 @@ use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
 use crate::vmm::limits;
 use crate::vmm::process::{self, pid_of};
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind,
-    VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError, VmmKind, VmmStamp,
 };
 
 /// How long QEMU may take to its greeting, or to an answer. It starts in some 40 ms; a busy host with hundreds of guests in
@@ -461,10 +460,6 @@ impl Vmm for Qemu {
         Ok(liveness)
     }
 
-    fn liveness(&self, vm: &VmHandle) -> Liveness {
-        if vm.process.is_alive() { Liveness::Alive } else { Liveness::Gone }
-    }
-
     fn find_stray(
         &self,
         node: &NodeId,
@@ -476,10 +471,6 @@ impl Vmm for Qemu {
         let found = process::find_by_option("-name", &format!("guest={}", marker(node, at)), uid)
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
         Ok(found.map(|process| VmHandle { vmm: VmmKind::Qemu, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
-    }
-
-    fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {
-        process::stats(&vm.process).ok_or(VmmError::Gone { what: "cannot read what the virtual machine uses" })
     }
 }
 
