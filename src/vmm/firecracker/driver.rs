@@ -703,7 +703,7 @@ fn by_descriptor(socket: &OwnedFd) -> PathBuf {
 
 /// Waits for the API's socket; `None` when the process ends before.
 fn wait_for_socket(host_dir: &Path, child: &mut Child) -> Result<Option<OwnedFd>, VmmError> {
-    const NAP: Duration = Duration::from_micros(300);
+    const NAP: Duration = Duration::from_micros(100);
     let failed = |source| VmmError::Io { what: format!("cannot open {}", host_dir.join(args::API_SOCKET).display()), source };
     let deadline = Instant::now() + DEADLINES.connect;
     loop {
