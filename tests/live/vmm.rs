@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
 use std::time::{Duration, Instant};
 
+use mvm_firecracker::{Api, Deadlines, Found, Unknown};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -171,4 +172,26 @@ fn an_end_of_qemu_is_noticed() {
 #[test]
 fn an_end_of_firecracker_is_noticed() {
     an_end_is_noticed_by_whoever_talks_to_the_guest(Driver::Firecracker);
+}
+
+#[test]
+fn why_a_machine_ended_is_said_until_the_next_pass_and_by_it() {
+    on_a_host_of(Driver::StandIn, 1, |rig| {
+        rig.apply(ONE);
+        let at = rig.only();
+        let socket = rig.run_dir().join("instances").join(at.rsplit('/').next().unwrap()).join("jail/api.sock");
+        let Found::Running(mut api) = Api::<Unknown>::attach(&socket, Deadlines::default()).unwrap().find_phase().unwrap() else {
+            panic!("it runs")
+        };
+        api.send_ctrl_alt_del().unwrap();
+        let why = "its guest restarted or panicked";
+        let said = format!("its virtual machine died: {why}");
+        for words in [&["status"][..], &["instance", "info", &at]] {
+            rig.eventually(&said, Duration::from_secs(20), || rig.ok(words).contains(&said));
+        }
+        let ran = rig.ran(&["apply", "-f", &rig.file("fleet.toml", ONE)]);
+        assert!(ran.status.success() && ran.err.contains(why), "{}", ran.err);
+        assert_eq!(rig.state_of(&at), "Running");
+        rig.prune();
+    });
 }
