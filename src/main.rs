@@ -3,15 +3,15 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
 use mvm::cli::exit::Exit;
-use mvm::cli::{Cli, run};
+use mvm::cli::late::parse;
+use mvm::cli::run;
 
 fn main() -> ExitCode {
     // A caller that ignores the ends of its children leaves that to what it starts, which could wait for none of its own then.
     // SAFETY: the handler is the kernel's own.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
-    let cli = match Cli::try_parse() {
+    let cli = match parse(std::env::args_os().collect()) {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => {

@@ -9,6 +9,7 @@ pub mod exit;
 mod guest;
 mod init;
 mod instance;
+pub mod late;
 mod net;
 mod node;
 pub mod open;
@@ -24,6 +25,7 @@ pub mod vmm;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use exit::{CliError, Exit};
+use late::Late;
 use open::Globals;
 
 pub use reference::reference;
@@ -40,54 +42,58 @@ pub type CliResult = Result<Exit, CliError>;
     max_term_width = 120,
     after_help = "Examples:\n  mvm apply -f fleet.toml          make what the file declares\n  mvm status                       what there is\n  mvm exec acme/web/1a2b -- ps     run a command in an instance\n\nExit codes: 0 done, 1 failed, 2 usage or invalid input, 3 not found, 4 refused by policy, quota or state, 5 timed out, 6 partly done; `exec` and `run` give the guest command's own."
 )]
-pub struct Cli {
+pub struct Top<C: Subcommand> {
     /// Options of every command.
     #[command(flatten)]
     pub globals: Globals,
     #[command(subcommand)]
-    command: Command,
+    command: C,
 }
 
+/// A command line.
+pub type Cli = Top<Command>;
+
+/// The commands.
 #[derive(Debug, Subcommand)]
-enum Command {
+pub enum Command {
     /// Make what a file declares, and wait until it is ready
-    Apply(apply::ApplyArgs),
+    Apply(Late<apply::ApplyArgs>),
     /// Show what apply would do, and change nothing
-    Plan(apply::PlanArgs),
+    Plan(Late<apply::PlanArgs>),
     /// Show tenants, pools and instances
-    Status(status::StatusArgs),
+    Status(Late<status::StatusArgs>),
     /// One reconcile pass, and the document that describes what is there
     #[command(subcommand)]
-    Agent(agent::AgentCommand),
+    Agent(Late<agent::AgentCommand>),
     /// Tenants: the boundary of security, quota and network
     #[command(subcommand)]
-    Tenant(tenant::TenantCommand),
+    Tenant(Late<tenant::TenantCommand>),
     /// Pools: groups of equal instances
     #[command(subcommand)]
-    Pool(pool::PoolCommand),
+    Pool(Late<pool::PoolCommand>),
     /// Instances: microVMs
     #[command(subcommand)]
-    Instance(instance::InstanceCommand),
+    Instance(Late<instance::InstanceCommand>),
     /// Run a command in an instance
-    Exec(guest::ExecArgs),
+    Exec(Late<guest::ExecArgs>),
     /// Open a shell in an instance
-    Shell(guest::ShellArgs),
+    Shell(Late<guest::ShellArgs>),
     /// Copy files to and from an instance
-    Cp(guest::CpArgs),
+    Cp(Late<guest::CpArgs>),
     /// Show what an instance's workload, agent, console or VMM says
-    Logs(guest::LogsArgs),
+    Logs(Late<guest::LogsArgs>),
     /// Show what was done, or check that the record was not changed
-    Events(events::EventsArgs),
+    Events(Late<events::EventsArgs>),
     /// Write a flake for images of your own: a manifest, a profile and a role
-    Init(init::InitArgs),
+    Init(Late<init::InitArgs>),
     /// Run a command in a throw-away microVM
-    Run(throwaway::RunArgs),
+    Run(Late<throwaway::RunArgs>),
     /// This host
     #[command(subcommand)]
-    Node(node::NodeCommand),
+    Node(Late<node::NodeCommand>),
     /// The tenants' networks
     #[command(subcommand)]
-    Net(net::NetCommand),
+    Net(Late<net::NetCommand>),
     /// Check whether this host can run microVMs, and say how to mend what is wrong
     Doctor,
     /// Write the JSON Schema of the desired-state document
@@ -107,22 +113,22 @@ enum Command {
 pub fn run(cli: Cli) -> CliResult {
     let globals = &cli.globals;
     match cli.command {
-        Command::Apply(args) => apply::apply(globals, &args),
-        Command::Plan(args) => apply::plan(globals, &args),
-        Command::Status(args) => status::status(globals, &args),
-        Command::Agent(command) => agent::run(globals, command),
-        Command::Tenant(command) => tenant::run(globals, command),
-        Command::Pool(command) => pool::run(globals, command),
-        Command::Instance(command) => instance::run(globals, command),
-        Command::Exec(args) => guest::exec(globals, args),
-        Command::Shell(args) => guest::shell(globals, &args),
-        Command::Cp(args) => guest::cp(globals, &args),
-        Command::Logs(args) => guest::logs(globals, &args),
-        Command::Events(args) => events::run(globals, &args),
-        Command::Init(args) => init::run(globals, &args),
-        Command::Run(args) => throwaway::run(globals, args),
-        Command::Node(command) => node::run(globals, &command),
-        Command::Net(command) => net::run(globals, &command),
+        Command::Apply(Late(args)) => apply::apply(globals, &args),
+        Command::Plan(Late(args)) => apply::plan(globals, &args),
+        Command::Status(Late(args)) => status::status(globals, &args),
+        Command::Agent(Late(command)) => agent::run(globals, command),
+        Command::Tenant(Late(command)) => tenant::run(globals, command),
+        Command::Pool(Late(command)) => pool::run(globals, command),
+        Command::Instance(Late(command)) => instance::run(globals, command),
+        Command::Exec(Late(args)) => guest::exec(globals, args),
+        Command::Shell(Late(args)) => guest::shell(globals, &args),
+        Command::Cp(Late(args)) => guest::cp(globals, &args),
+        Command::Logs(Late(args)) => guest::logs(globals, &args),
+        Command::Events(Late(args)) => events::run(globals, &args),
+        Command::Init(Late(args)) => init::run(globals, &args),
+        Command::Run(Late(args)) => throwaway::run(globals, args),
+        Command::Node(Late(command)) => node::run(globals, &command),
+        Command::Net(Late(command)) => net::run(globals, &command),
         Command::Doctor => doctor::run(globals),
         Command::Schema => {
             crate::infra::display::write_out(&crate::infra::display::to_json(&crate::agent::desired::json_schema())?)?;

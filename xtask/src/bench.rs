@@ -2,27 +2,26 @@
 
 use std::process::Command;
 
-use crate::build::{Profile, all, fake_firecracker};
+use crate::build::{Profile, all, bench, fake_firecracker};
 use crate::options::Measure;
 use crate::phase::phase;
 use crate::setup;
-use crate::workspace::{cargo, succeed, target};
+use crate::workspace::{succeed, target};
 
 /// Installs, builds as for use, and measures; the figures go to standard output.
 ///
 /// # Errors
 /// When a figure misses its limit, or cannot be measured.
 pub fn run(measure: &Measure) -> Result<(), String> {
-    let program = target()?.join("release/mvm-bench");
     let parts = target()?.join("tmp/live-images/parts/parts.json");
     phase("install what is missing", || {
         setup::ensure(&setup::BENCH, Some(&parts))?;
         setup::require_root(&[])
     })?;
-    phase("build", || {
+    let program = phase("build", || {
         all(Profile::Release)?;
         fake_firecracker(Profile::Release)?;
-        succeed(&mut cargo(["build", "--release", "--package", "mvm-bench", "--package", "mvm-fake-firecracker"]))
+        bench()
     })?;
     phase("measure", || succeed(Command::new(program).args(arguments(measure))))
 }
