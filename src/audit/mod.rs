@@ -7,6 +7,7 @@
 mod chain;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -66,6 +67,16 @@ pub struct Entry {
     pub error: Option<String>,
     /// How long it took.
     pub took: Duration,
+}
+
+/// How much of the end of a log is looked through for its last record, in bytes, before it is four times as much.
+const TAIL: u64 = 8 << 10;
+
+/// Where the last whole line is, without its newline.
+fn last_line(content: &[u8]) -> Option<Range<usize>> {
+    let end = content.iter().rposition(|byte| *byte == b'\n')?;
+    let start = content[..end].iter().rposition(|byte| *byte == b'\n').map_or(0, |before| before + 1);
+    Some(start..end)
 }
 
 #[derive(Default)]
@@ -157,14 +168,25 @@ impl Audit {
 
     /// Reads the end of the log; cuts off a line that a killed process left half-written.
     fn find_end(&self, key: &str) -> Result<(u64, u64, String), StoreError> {
-        let content = self.store.read(key)?.unwrap_or_default();
-        let whole = content.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+        let there = self.store.len(key)?;
+        let mut length = TAIL;
+        // A log of years is longer than a wake has time for.
+        let (begin, content) = loop {
+            let begin = there.saturating_sub(length);
+            let content = self.store.read_from(key, begin)?;
+            if begin == 0 || last_line(&content).is_some_and(|line| line.start > 0) {
+                break (begin, content);
+            }
+            length *= 4;
+        };
+        let line = last_line(&content);
+        let whole = line.as_ref().map_or(0, |line| line.end + 1);
         if whole < content.len() {
-            self.store.truncate(key, whole as u64)?;
+            self.store.truncate(key, begin + whole as u64)?;
         }
-        let last = content[..whole].strip_suffix(b"\n").and_then(|lines| lines.rsplit(|byte| *byte == b'\n').next());
-        let (seq, hash) = last.and_then(chain::open).map_or((0, chain::GENESIS.to_owned()), |(event, hash)| (event.seq, hash));
-        Ok((whole as u64, seq, hash))
+        let last = line.and_then(|line| chain::open(&content[line]));
+        let (seq, hash) = last.map_or((0, chain::GENESIS.to_owned()), |(event, hash)| (event.seq, hash));
+        Ok((begin + whole as u64, seq, hash))
     }
 
     /// Reads a tenant's records in order; what does not parse is left out ([`verify`] names it).
@@ -210,6 +232,30 @@ mod tests {
         assert_eq!(a.verify(&tenant).unwrap(), Ok(9));
         assert_eq!(a.events(&tenant).unwrap().len(), 9);
         assert_eq!(a.tenants().unwrap(), [tenant]);
+    }
+
+    #[test]
+    fn the_end_of_a_long_log_is_found_whatever_its_last_lines_are_like() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Arc::new(crate::store::FileStore::new(dir.path().join("state"), dir.path().join("locks")));
+        let tenant: TenantId = "acme".parse().unwrap();
+        for store in [files as Arc<dyn DocumentStore>, Arc::new(MemoryStore::new())] {
+            let log = |length: usize| {
+                let audit = Audit::new(store.clone(), Arc::new(ManualClock::new()), "test".into());
+                audit.record(&tenant, Entry { error: Some("x".repeat(length)), ..entry(0) }).unwrap();
+                audit.verify(&tenant).unwrap()
+            };
+            let tail = usize::try_from(TAIL).unwrap();
+            // Lines that are shorter than what is looked through at once, as long, and longer.
+            let lengths: Vec<usize> =
+                [1, 10, 1000].into_iter().chain(tail - 400..tail - 200).chain([tail, 5 * tail, 1, 40 * tail]).collect();
+            for (before, length) in lengths.iter().enumerate() {
+                assert_eq!(log(*length), Ok(before as u64 + 1), "{length}");
+            }
+            let torn = "{".to_owned() + &"y".repeat(3 * tail);
+            store.append(&log_key(&tenant), torn.as_bytes()).unwrap();
+            assert_eq!(log(1), Ok(lengths.len() as u64 + 1));
+        }
     }
 
     #[test]

@@ -233,6 +233,21 @@ impl DocumentStore for FileStore {
         }
     }
 
+    fn read_from(&self, key: &str, from: u64) -> Result<Vec<u8>, StoreError> {
+        let read = || -> io::Result<Vec<u8>> {
+            let mut file = File::open(self.path(key))?;
+            file.seek(SeekFrom::Start(from))?;
+            let mut content = Vec::new();
+            file.read_to_end(&mut content)?;
+            Ok(content)
+        };
+        match read() {
+            Ok(content) => Ok(content),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(self.error("read", key)(error)),
+        }
+    }
+
     fn exists(&self, key: &str) -> Result<bool, StoreError> {
         self.path(key).try_exists().map_err(self.error("look at", key))
     }
@@ -261,6 +276,13 @@ impl DocumentStore for FileStore {
             Ok(()) => path.parent().map_or(Ok(()), |dir| self.sync_dir(dir)).map_err(self.error("remove", key)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(self.error("remove", key)(error)),
+        }
+    }
+
+    fn forget(&self, key: &str) -> Result<(), StoreError> {
+        match self.effect().and_then(|()| fs::remove_file(self.path(key))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.error("remove", key)(error)),
+            _ => Ok(()),
         }
     }
 

@@ -56,6 +56,11 @@ impl DocumentStore for MemoryStore {
         Ok(self.documents().get(key).cloned())
     }
 
+    fn read_from(&self, key: &str, from: u64) -> Result<Vec<u8>, StoreError> {
+        let from = usize::try_from(from).unwrap_or(usize::MAX);
+        Ok(self.documents().get(key).and_then(|content| content.get(from..)).unwrap_or_default().to_vec())
+    }
+
     fn write(&self, key: &str, content: &[u8]) -> Result<(), StoreError> {
         self.effect()?;
         self.documents().insert(key.to_owned(), content.to_vec());
@@ -92,6 +97,10 @@ impl DocumentStore for MemoryStore {
         self.effect()?;
         self.documents().remove(key);
         Ok(())
+    }
+
+    fn forget(&self, key: &str) -> Result<(), StoreError> {
+        self.remove(key)
     }
 
     fn remove_tree(&self, key: &str) -> Result<(), StoreError> {

@@ -53,6 +53,9 @@ pub trait DocumentStore: Send + Sync {
     /// Makes what was appended durable.
     fn sync(&self, key: &str) -> Result<(), StoreError>;
 
+    /// Returns what was appended from this byte on, nothing where there is less.
+    fn read_from(&self, key: &str, from: u64) -> Result<Vec<u8>, StoreError>;
+
     /// Tells whether there is a document.
     fn exists(&self, key: &str) -> Result<bool, StoreError>;
 
@@ -64,6 +67,10 @@ pub trait DocumentStore: Send + Sync {
 
     /// Removes the document; absent is fine.
     fn remove(&self, key: &str) -> Result<(), StoreError>;
+
+    /// Removes a document that others already make void, and does not wait for the disk: after a power cut it may be there again.
+    /// Absent is fine.
+    fn forget(&self, key: &str) -> Result<(), StoreError>;
 
     /// Removes a directory with all documents below it, out of sight in one step; absent is fine.
     fn remove_tree(&self, key: &str) -> Result<(), StoreError>;

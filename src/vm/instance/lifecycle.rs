@@ -30,7 +30,7 @@ use crate::vm::node::Node;
 use crate::vm::pool::{PoolDoc, RuntimePolicy};
 use crate::vm::tenant::TenantDoc;
 use crate::vm::usage::{Counted, Usage};
-use crate::vmm::{Liveness, VmHandle};
+use crate::vmm::{Liveness, VmHandle, VmSpec};
 
 /// How long the last threads of a VMM may take to end after its guest is lost.
 const LAST_THREADS: Duration = Duration::from_secs(1);
@@ -361,8 +361,13 @@ impl Locked<'_> {
         }
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
-        self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
-        let result = self.boot(&image);
+        let machine = Machine::of(self);
+        let drives = std::thread::scope(|scope| {
+            let drives = scope.spawn(|| machine.drives());
+            self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
+            Ok::<_, LifecycleError>(drives.join().expect("making drives does not panic"))
+        })?;
+        let result = drives.and_then(|drives| self.boot(machine.spec(drives, &image)?));
         match result {
             Ok((vm, guest_boot)) => {
                 let since = self.node.clock().now();
@@ -372,9 +377,8 @@ impl Locked<'_> {
         }
     }
 
-    fn boot(&mut self, image: &crate::vm::pool::Image) -> Result<(VmHandle, String), LifecycleError> {
-        let machine = Machine { instance: self };
-        let vm = self.node.vmm().boot(machine.spec(image)?)?;
+    fn boot(&mut self, spec: VmSpec) -> Result<(VmHandle, String), LifecycleError> {
+        let vm = self.node.vmm().boot(spec)?;
         let ready = self.node.guests().control(&vm, Instant::now() + self.patience()).and_then(|mut guest| {
             let deadline = Instant::now() + self.patience();
             guest.wait_ready(deadline)
@@ -554,11 +558,15 @@ impl Locked<'_> {
         self.doc.config_version = self.pool.config_version;
         self.doc.secrets_epoch = self.tenant.secrets_epoch;
         let dir = self.node.paths.snapshot(&self.at);
+        let machine = Machine::of(self);
         // The snapshot is mapped, not read; that its files are what was written is found out while the VMM starts.
         let restored = std::thread::scope(|scope| {
             let check = scope.spawn(|| manifest.check_files(&dir));
+            let drives = scope.spawn(|| machine.drives());
             self.intend_with_room(StateName::Running, goal, TransitionStep::Undoable)?;
-            let vm = Machine { instance: self }.spec(&image).and_then(|spec| Ok(vmm.restore(spec, &dir, &manifest.stamp)?));
+            let drives = drives.join().expect("making drives does not panic");
+            let spec = drives.and_then(|drives| machine.spec(drives, &image));
+            let vm = spec.and_then(|spec| Ok(vmm.restore(spec, &dir, &manifest.stamp)?));
             let checked = check.join().expect("checking hashes does not panic");
             Ok::<_, LifecycleError>(match (vm, checked) {
                 (Ok(vm), Ok(())) => Ok(vm),
@@ -573,7 +581,7 @@ impl Locked<'_> {
         };
         // From here on the snapshot is used up: the guest runs on, and its disk with it.
         self.reached(TransitionStep::Resumed { vm: vm.clone() })?;
-        self.node.documents().raw().remove(&manifest_key(&self.at))?;
+        self.node.documents().raw().forget(&manifest_key(&self.at))?;
         let woken = vmm.resume(&vm).map_err(LifecycleError::from).and_then(|()| self.greet(&vm));
         match woken {
             Ok(guest_boot) => {

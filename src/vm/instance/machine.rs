@@ -5,39 +5,59 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use mvm_guest_api::config as guest;
-use mvm_types::{Role, SecretName};
+use mvm_types::{InstanceAddress, Role, SecretName};
 use zeroize::Zeroizing;
 
+use super::config::InstanceDoc;
 use super::lifecycle::Locked;
 use crate::host::{DriveFile, DriveLabel};
 use crate::vm::error::{LifecycleError, with_causes};
+use crate::vm::node::Node;
 use crate::vm::pool::role::RoleTraits;
-use crate::vm::pool::{Exposure, Image, RestartPolicy};
-use crate::vm::tenant;
+use crate::vm::pool::{Exposure, Image, PoolDoc, RestartPolicy};
+use crate::vm::tenant::{self, TenantDoc};
 use crate::vmm::{Drive, DriveAccess, Lifetime, Nic, VmSpec};
 
-/// The part of the lifecycle that puts a virtual machine together.
-pub(super) struct Machine<'a, 'n> {
-    pub instance: &'a Locked<'n>,
+/// The part of the lifecycle that puts a virtual machine together, from the documents as they are when it begins.
+pub(super) struct Machine<'n> {
+    node: &'n Node,
+    at: InstanceAddress,
+    tenant: TenantDoc,
+    pool: PoolDoc,
+    doc: InstanceDoc,
 }
 
-impl Machine<'_, '_> {
-    /// Makes what the machine needs on the host, and describes it to the driver.
-    pub fn spec(&self, image: &Image) -> Result<VmSpec, LifecycleError> {
-        let Locked { node, at, doc, tenant, .. } = self.instance;
+/// The drives that are made anew for each start. They are in memory only: nothing of them has to be taken away again.
+pub(super) struct NewDrives {
+    config: OwnedFd,
+    secrets: Option<OwnedFd>,
+}
+
+impl<'n> Machine<'n> {
+    /// Takes the documents of an instance.
+    pub fn of(instance: &Locked<'n>) -> Self {
+        let Locked { node, at, tenant, pool, doc, .. } = instance;
+        Self { node, at: at.clone(), tenant: tenant.clone(), pool: pool.clone(), doc: doc.clone() }
+    }
+
+    /// Makes the drives that the role requires.
+    pub fn drives(&self) -> Result<NewDrives, LifecycleError> {
+        let traits = self.pool.role_traits();
+        std::thread::scope(|scope| {
+            let secrets = traits.requires_secrets_drive.then(|| scope.spawn(|| self.secrets_drive()));
+            let config = self.config_drive(&traits);
+            let secrets = secrets.map(|secrets| secrets.join().expect("building a drive does not panic")).transpose();
+            Ok(NewDrives { config: config?, secrets: secrets? })
+        })
+    }
+
+    /// Makes what else the machine needs on the host, and describes it to the driver.
+    pub fn spec(&self, NewDrives { config, secrets }: NewDrives, image: &Image) -> Result<VmSpec, LifecycleError> {
+        let Self { node, at, doc, tenant, .. } = self;
         let host = node.host();
         let run_dir = host.ensure_run_dir(&at.instance)?;
         let network = doc.network(&tenant.network.network());
         let uid = node.instance_uid(&network);
-        let traits = self.instance.pool.role_traits();
-        // All that the role requires, before anything is made that has to be taken away again.
-        let (config, secrets) = std::thread::scope(|scope| {
-            let config = scope.spawn(|| self.config_drive(&traits));
-            let secrets = scope.spawn(|| self.secrets_drive(&traits));
-            let joined = "building a drive does not panic";
-            (config.join().expect(joined), secrets.join().expect(joined))
-        });
-        let (config, secrets) = (config?, secrets?);
         let data = self.data()?;
         let tap = host.create_tap(&network, uid)?;
         let mut drives = vec![Drive { name: "root", file: open(image)?, access: DriveAccess::ReadOnly }];
@@ -67,7 +87,7 @@ impl Machine<'_, '_> {
     }
 
     fn data(&self) -> Result<Option<OwnedFd>, LifecycleError> {
-        let Locked { node, at, doc, .. } = self.instance;
+        let Self { node, at, doc, .. } = self;
         match doc.blueprint.resources.data_disk_mib {
             0 => Ok(None),
             size_mib => {
@@ -79,7 +99,7 @@ impl Machine<'_, '_> {
 
     /// The drive from which the guest learns who it is; every instance has one.
     fn config_drive(&self, traits: &RoleTraits) -> Result<OwnedFd, LifecycleError> {
-        let Locked { node, at, doc, pool, .. } = self.instance;
+        let Self { node, at, doc, pool, .. } = self;
         let build = || {
             let mut files = vec![drive_file("config.json", self.config(traits)?.to_json())];
             if doc.role == Role::Gateway {
@@ -91,14 +111,11 @@ impl Machine<'_, '_> {
     }
 
     /// The drive with the tenant's secrets, for a role that has to do with them.
-    fn secrets_drive(&self, traits: &RoleTraits) -> Result<Option<OwnedFd>, LifecycleError> {
-        let Locked { node, at, tenant, .. } = self.instance;
-        if !traits.requires_secrets_drive {
-            return Ok(None);
-        }
+    fn secrets_drive(&self) -> Result<OwnedFd, LifecycleError> {
+        let Self { node, at, tenant, .. } = self;
         let build = || {
             let secrets = tenant::unsealed(node, tenant)?;
-            Ok(Some(node.host().build_drive(&at.instance, DriveLabel::Secrets, &secrets)?))
+            Ok(node.host().build_drive(&at.instance, DriveLabel::Secrets, &secrets)?)
         };
         build().map_err(|error| self.lacking("secrets", true, error))
     }
@@ -108,14 +125,14 @@ impl Machine<'_, '_> {
         if !required || error.is_killed() {
             return error;
         }
-        let Locked { at, doc, .. } = self.instance;
+        let Self { at, doc, .. } = self;
         let why = format!("its role {} requires the {drive} drive, which cannot be made: {}", doc.role, with_causes(&error));
         LifecycleError::Unready { what: format!("start {at}"), why }
     }
 
     /// What the guest learns of itself.
     fn config(&self, traits: &RoleTraits) -> Result<guest::GuestConfig, LifecycleError> {
-        let Locked { node, at, doc, tenant, pool, .. } = self.instance;
+        let Self { node, at, doc, tenant, pool, .. } = self;
         let network = doc.network(&tenant.network.network());
         let subnet = tenant.network.ipv4_subnet;
         let address = network.address().map_err(|error| LifecycleError::Invalid { place: at.to_string(), why: error.to_string() })?;

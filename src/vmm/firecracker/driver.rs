@@ -102,6 +102,19 @@ pub struct Firecracker {
     found: Mutex<Option<Looked>>,
     children: Children,
     timeline: Mutex<Vec<VmmCall>>,
+    /// Those that wait for their first resume.
+    restored: Mutex<Vec<Restored>>,
+}
+
+/// A machine that was restored and not resumed yet, with the connection over which that is said.
+#[derive(Debug)]
+struct Restored {
+    process: ProcessIdentity,
+    api: Api<Paused>,
+    /// How long it took until Firecracker listened.
+    jail: Duration,
+    /// What the connection was made to.
+    _socket: OwnedFd,
 }
 
 /// What came of looking for Firecrackers.
@@ -141,7 +154,7 @@ struct Started {
 impl Firecracker {
     /// Looks for nothing and runs nothing yet.
     pub fn new(options: FirecrackerOptions) -> Self {
-        Self { options, found: Mutex::default(), children: Children::default(), timeline: Mutex::default() }
+        Self { options, found: Mutex::default(), children: Children::default(), timeline: Mutex::default(), restored: Mutex::default() }
     }
 
     /// The Firecrackers of this host, the one that machines start with first.
@@ -399,10 +412,22 @@ impl Firecracker {
 
     /// Keeps the calls of a start, after the making of its jail.
     fn note(&self, jail: Duration, calls: Vec<CallTiming>) {
-        let jail_us = u64::try_from(jail.as_micros()).unwrap_or(u64::MAX);
-        let mut all = vec![VmmCall { what: "jail".into(), began_us: 0, took_us: jail_us }];
-        all.extend(calls.into_iter().map(|call| VmmCall { what: call.request, began_us: jail_us + call.began_us, took_us: call.took_us }));
-        *lock(&self.timeline) = all;
+        *lock(&self.timeline) = vec![VmmCall { what: "jail".into(), began_us: 0, took_us: micros(jail) }];
+        self.note_more(jail, calls);
+    }
+
+    /// Keeps more calls over the same connection.
+    fn note_more(&self, jail: Duration, calls: Vec<CallTiming>) {
+        let after = micros(jail);
+        let calls = calls.into_iter().map(|call| VmmCall { what: call.request, began_us: after + call.began_us, took_us: call.took_us });
+        lock(&self.timeline).extend(calls);
+    }
+
+    /// The connection of a machine that was restored and not resumed yet.
+    fn take_restored(&self, vm: &VmHandle) -> Option<Restored> {
+        let mut all = lock(&self.restored);
+        let place = all.iter().position(|one| one.process == vm.process)?;
+        Some(all.swap_remove(place))
     }
 
     /// Ends a machine of which a call failed while it was made.
@@ -551,6 +576,11 @@ impl Vmm for Firecracker {
 
     fn resume(&self, vm: &VmHandle) -> Result<(), VmmError> {
         let what = "cannot resume the virtual machine";
+        if let Some(Restored { api, jail, _socket, .. }) = self.take_restored(vm) {
+            let mut api = api.resume().map_err(|failed| self.call_failed(what, vm, failed.error))?;
+            self.note_more(jail, api.take_timeline());
+            return Ok(());
+        }
         let (found, _socket) = self.attach(what, vm)?;
         match found {
             Found::Running(_) => Ok(()),
@@ -600,10 +630,12 @@ impl Vmm for Firecracker {
         }
         self.note(jail, api.take_timeline());
         self.let_go(what, &vm, tap, cable)?;
+        lock(&self.restored).push(Restored { process: vm.process.clone(), api, jail, _socket });
         Ok(vm)
     }
 
     fn kill(&self, vm: &VmHandle) -> Result<(), VmmError> {
+        drop(self.take_restored(vm));
         let network = own_network(&vm.process);
         let result = process::kill(&vm.process);
         self.children.reap();
@@ -695,6 +727,10 @@ fn with_source(error: &HostdError) -> String {
 /// A file that the machine's user has to be able to read.
 fn readable(path: &str, file: &Path, uid: u32) -> Result<Entry, VmmError> {
     Entry::file(path, &open_for_vmm(file, Some(uid))?.into(), DriveAccess::ReadOnly)
+}
+
+fn micros(took: Duration) -> u64 {
+    u64::try_from(took.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn by_descriptor(socket: &OwnedFd) -> PathBuf {
