@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mvm_firecracker as fc;
+use rustix::mount::{MountFlags, mount};
 use serde_json::Value;
 
 use crate::Selection;
@@ -80,7 +81,7 @@ pub fn measure(dir: &Path, selection: &Selection) -> Result<Vec<Figure>, String>
         tell(&format!("{rounds} wakes, and as many bare ones"));
         host.instance(&["start"])?;
         host.instance(&["sleep"])?;
-        let snapshot = host.snapshot(dir)?;
+        let snapshot = host.snapshot()?;
         let mut pairs = Pairs::default();
         for round in 0..rounds {
             let bare = host.jail(&format!("wake-{round}"))?;
@@ -98,13 +99,20 @@ pub fn measure(dir: &Path, selection: &Selection) -> Result<Vec<Figure>, String>
 struct Host {
     dir: PathBuf,
     at: String,
+    /// Files of the image that the instance was made from, beside the jails of bare machines.
+    image: PathBuf,
 }
 
 impl Host {
     fn new(dir: &Path) -> Result<Host, String> {
         let failed = |error| format!("cannot make {}: {error}", dir.display());
-        for name in ["state", "run", "firecracker", "jails"] {
+        for name in ["state", "run", "firecracker", "bare"] {
             fs::create_dir_all(dir.join(name)).map_err(failed)?;
+        }
+        // As /run is, for both: what ext4 takes to make a file grows with the files that were removed within the last minutes.
+        for name in ["run", "bare"] {
+            let made = mount("mvm-bench", dir.join(name), "tmpfs", MountFlags::NOSUID, Some(c"mode=0755"));
+            made.map_err(|error| failed(error.into()))?;
         }
         fs::write(dir.join("fleet.toml"), FLEET).map_err(failed)?;
         program::printed(Command::new("cp").arg("-a").arg(live::images()).arg(dir.join("state/images")))?;
@@ -116,12 +124,13 @@ impl Host {
         pack.arg("--pack").arg(&firecracker).arg("--agent").arg(beside("mvm-guest-agent.static")).arg("--script").arg(&script);
         program::printed(&mut pack)?;
         fs::copy(beside("fake-jailer"), dir.join("firecracker/jailer")).map_err(failed)?;
-        let mut host = Host { dir: dir.to_owned(), at: String::new() };
+        let mut host = Host { dir: dir.to_owned(), at: String::new(), image: dir.join("bare/image") };
         program::printed(host.mvm(&["apply", "-f"]).arg(dir.join("fleet.toml")))?;
         let listed: Value = serde_json::from_str(&program::printed(&mut host.mvm(&["instance", "list", "--output", "json"]))?)
             .map_err(|error| error.to_string())?;
         host.at = listed[0]["instance"].as_str().ok_or("there is no instance")?.to_owned();
         host.instance(&["stop", "--force"])?;
+        program::printed(Command::new("cp").arg("-a").arg(host.made_from()?).arg(&host.image))?;
         Ok(host)
     }
 
@@ -163,7 +172,7 @@ impl Host {
     }
 
     /// The image that the instance was made from.
-    fn image(&self) -> Result<PathBuf, String> {
+    fn made_from(&self) -> Result<PathBuf, String> {
         let images = fs::read_dir(self.dir.join("state/images")).map_err(|error| error.to_string())?;
         let made = images.flatten().map(|entry| entry.path()).filter(|path| path.join("manifest.json").exists());
         made.max_by_key(|path| fs::metadata(path).and_then(|meta| meta.modified()).ok()).ok_or_else(|| "there is no image".into())
@@ -171,16 +180,15 @@ impl Host {
 
     /// A jail's directory with everything in it, before the jailer sees it.
     fn jail(&self, id: &str) -> Result<Jail, String> {
-        let base = self.dir.join("jails");
+        let base = self.dir.join("bare");
         let root = base.join("firecracker").join(id).join("root");
         let failed = |error: std::io::Error| format!("cannot fill {}: {error}", root.display());
         for name in ["image", "drives", "host", "restore"] {
             fs::create_dir_all(root.join(name)).map_err(failed)?;
             chown(root.join(name), Some(UID), Some(UID)).map_err(failed)?;
         }
-        let image = self.image()?;
         for (from, to) in [("vmlinux", "image/kernel"), ("initrd", "image/initrd"), ("rootfs.ext4", "drives/root")] {
-            fs::hard_link(image.join(from), root.join(to)).map_err(failed)?;
+            fs::hard_link(self.image.join(from), root.join(to)).map_err(failed)?;
         }
         let data = fs::File::create(root.join("drives/data")).map_err(failed)?;
         data.set_len(DATA_MIB << 20).map_err(failed)?;
@@ -189,9 +197,9 @@ impl Host {
     }
 
     /// A snapshot of a bare machine.
-    fn snapshot(&self, dir: &Path) -> Result<PathBuf, String> {
+    fn snapshot(&self) -> Result<PathBuf, String> {
         let jail = self.jail("snapshot")?;
-        let into = dir.join("bare-snapshot");
+        let into = self.dir.join("bare/snapshot");
         fs::create_dir_all(&into).map_err(|error| error.to_string())?;
         let (mut child, api) = jail.started()?;
         let paused = api.boot(&boot()?).map_err(|failed| failed.error.to_string())?.pause().map_err(|failed| failed.error.to_string())?;

@@ -22,14 +22,30 @@ impl Scratch {
 
     /// Makes it for a user, with nothing in it; its parent is root's only.
     pub(super) fn make(path: &Path, uid: u32) -> io::Result<Self> {
+        // An empty one is used again: a directory that is removed and made at each start is what ext4 is slow at, as it looks for an
+        // inode that was not freed within the last minutes.
+        let made = match Self::open(path).and_then(|there| Ok(there.is_empty()?.then_some(there))) {
+            Ok(Some(empty)) => empty,
+            _ => Self::make_anew(path)?,
+        };
+        rustix::fs::fchown(&made.0, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?;
+        rustix::fs::fchmod(&made.0, Mode::RWXU)?;
+        Ok(made)
+    }
+
+    /// Makes it in place of whatever is there.
+    fn make_anew(path: &Path) -> io::Result<Self> {
         match fs::remove_dir_all(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         rustix::fs::mkdir(path, Mode::RWXU)?;
-        let made = Self::open(path)?;
-        rustix::fs::fchown(&made.0, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?;
-        Ok(made)
+        Self::open(path)
+    }
+
+    fn is_empty(&self) -> io::Result<bool> {
+        let mut names = rustix::fs::Dir::read_from(&self.0)?.map(|entry| entry.map(|entry| entry.file_name().to_owned()));
+        Ok(names.all(|name| name.is_ok_and(|name| matches!(name.to_bytes(), b"." | b".."))))
     }
 
     /// Its descriptor.
@@ -136,6 +152,31 @@ mod tests {
         assert!(found[..4096].iter().chain(&found[1 << 20..2 << 20]).all(|byte| *byte == 1));
         diff.set_len(LENGTH + 1).unwrap();
         assert!(merge(&diff, &base).is_err());
+    }
+
+    #[test]
+    fn an_empty_directory_is_used_again_and_nothing_else_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scratch");
+        let uid = rustix::process::geteuid().as_raw();
+        let make = || {
+            let made = Scratch::make(&path, uid).unwrap();
+            let meta = fs::symlink_metadata(&path).unwrap();
+            assert!(meta.is_dir() && made.is_empty().unwrap());
+            assert_eq!((meta.mode() & 0o7777, meta.uid(), meta.gid()), (0o700, uid, uid));
+            meta.ino()
+        };
+        let first = make();
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o1777)).unwrap();
+        assert_eq!(make(), first);
+        fs::create_dir_all(path.join(".hidden/deep")).unwrap();
+        make();
+        fs::remove_dir(&path).unwrap();
+        symlink("/", &path).unwrap();
+        make();
+        fs::remove_dir(&path).unwrap();
+        fs::write(&path, "no directory").unwrap();
+        assert!(Scratch::make(&path, uid).is_err());
     }
 
     #[test]
