@@ -43,6 +43,9 @@ pub struct Event {
     pub to: Option<String>,
     /// How it ended: `ok`, or the error.
     pub result: String,
+    /// Why it was done, where that was nobody's wish: what a VMM ended of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
     /// How long it took, in milliseconds.
     #[serde(default)]
     pub took_ms: u64,
@@ -65,6 +68,8 @@ pub struct Entry {
     pub to: Option<String>,
     /// The error, when it failed.
     pub error: Option<String>,
+    /// Why it was done, where that was nobody's wish.
+    pub why: Option<String>,
     /// How long it took.
     pub took: Duration,
 }
@@ -155,6 +160,7 @@ impl Audit {
             from: entry.from,
             to: entry.to,
             result: entry.error.unwrap_or_else(|| "ok".to_owned()),
+            why: entry.why,
             took_ms: u64::try_from(entry.took.as_millis()).unwrap_or(u64::MAX),
             prev,
         };

@@ -67,7 +67,7 @@ impl Row for Event {
             format!("{} ms", self.took_ms),
             self.who.clone(),
             self.seq.to_string(),
-            self.result.clone(),
+            self.why.as_ref().map_or_else(|| self.result.clone(), |why| format!("{}: {why}", self.result)),
         ]
     }
 }

@@ -175,7 +175,7 @@ fn an_end_of_firecracker_is_noticed() {
 }
 
 #[test]
-fn why_a_machine_ended_is_said_until_the_next_pass_and_by_it() {
+fn why_a_machine_ended_is_said_until_the_next_pass_by_it_and_on_record() {
     on_a_host_of(Driver::StandIn, 1, |rig| {
         rig.apply(ONE);
         let at = rig.only();
@@ -192,6 +192,13 @@ fn why_a_machine_ended_is_said_until_the_next_pass_and_by_it() {
         let ran = rig.ran(&["apply", "-f", &rig.file("fleet.toml", ONE)]);
         assert!(ran.status.success() && ran.err.contains(why), "{}", ran.err);
         assert_eq!(rig.state_of(&at), "Running");
+        let events: Vec<Value> = serde_json::from_str(&rig.ok(&["events", "acme", "--output", "json"])).unwrap();
+        let ends: Vec<&Value> = events.iter().filter(|event| event["why"].is_string()).collect();
+        assert_eq!(ends.len(), 1, "{events:?}");
+        assert_eq!((&ends[0]["action"], &ends[0]["result"]), (&"recover".into(), &"ok".into()));
+        assert!(ends[0]["why"].as_str().unwrap().starts_with(why), "{}", ends[0]);
+        assert!(rig.ok(&["events", "acme"]).contains(&format!("ok: {why}")));
+        assert!(rig.ok(&["events", "verify"]).contains("acme"));
         rig.prune();
     });
 }

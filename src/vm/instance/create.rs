@@ -108,6 +108,7 @@ impl Node {
             to: error.is_none().then(|| doc.state.name().to_string()),
             error,
             took,
+            ..Entry::default()
         };
         Ok(self.audit().note(&doc.tenant_id, entry)?)
     }

@@ -72,6 +72,8 @@ struct Act {
     begun: Instant,
     /// What it failed with, when it is being undone.
     error: Option<String>,
+    /// Why it is done, where that is nobody's wish.
+    why: Option<String>,
     said: Said,
 }
 
@@ -85,7 +87,7 @@ enum Said {
 
 impl Act {
     fn new(action: &'static str, from: StateName) -> Self {
-        Self { action, from, begun: Instant::now(), error: None, said: Said::Nothing }
+        Self { action, from, begun: Instant::now(), error: None, why: None, said: Said::Nothing }
     }
 }
 
@@ -223,7 +225,7 @@ impl Locked<'_> {
     }
 
     fn append_record(&mut self, to: StateName) -> Result<(), LifecycleError> {
-        let Act { action, from, begun, error, .. } = &self.act;
+        let Act { action, from, begun, error, why, .. } = &self.act;
         let said = if error.is_none() { Said::Done } else { Said::Failed };
         let entry = Entry {
             object: self.at.to_string(),
@@ -232,6 +234,7 @@ impl Locked<'_> {
             from: Some(from.to_string()),
             to: Some(to.to_string()),
             error: error.clone(),
+            why: why.clone(),
             took: begun.elapsed(),
         };
         self.node.audit().record(&self.at.tenant, entry)?;
@@ -632,6 +635,9 @@ impl Locked<'_> {
 
     /// Ends whatever is left of the instance's process and snapshot, and records that it is stopped.
     pub(super) fn end(&mut self, why: StopReason) -> Result<(), LifecycleError> {
+        if self.act.error.is_none() {
+            self.act.why = why.words();
+        }
         self.kill_machines()?;
         self.node.documents().raw().remove(&manifest_key(&self.at))?;
         self.node.host().remove_snapshot(&self.at)?;

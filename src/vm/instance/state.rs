@@ -92,6 +92,16 @@ pub enum StopReason {
     SnapshotLost(String),
 }
 
+impl StopReason {
+    /// Why, where it was not asked to and somebody said.
+    pub fn words(&self) -> Option<String> {
+        match self {
+            StopReason::Requested | StopReason::Died => None,
+            StopReason::DiedOf(why) | StopReason::SnapshotLost(why) => Some(why.clone()),
+        }
+    }
+}
+
 /// The state of an instance, with what exists in it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
