@@ -4,11 +4,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mvm_types::{InstanceAddress, NodeId};
-
 use super::firecracker::{Firecracker, Verdict};
 use super::qemu::Qemu;
-use super::{Acceleration, Liveness, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind, VmmStamp};
+use super::{Acceleration, Liveness, Sought, VmHandle, VmSpec, VmStats, Vmm, VmmCall, VmmError, VmmKind, VmmStamp};
 
 /// Which driver new machines get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -186,17 +184,10 @@ impl Vmm for Drivers {
         self.of(vm.vmm).liveness(vm)
     }
 
-    fn find_stray(
-        &self,
-        node: &NodeId,
-        at: &InstanceAddress,
-        uid: Option<u32>,
-        run_dir: &Path,
-        mem_mib: u32,
-    ) -> Result<Option<VmHandle>, VmmError> {
-        match self.firecracker.find_stray(node, at, uid, run_dir, mem_mib)? {
+    fn find_stray(&self, sought: &Sought<'_>) -> Result<Option<VmHandle>, VmmError> {
+        match self.firecracker.find_stray(sought)? {
             Some(found) => Ok(Some(found)),
-            None => self.qemu.find_stray(node, at, uid, run_dir, mem_mib),
+            None => self.qemu.find_stray(sought),
         }
     }
 

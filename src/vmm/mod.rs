@@ -194,6 +194,28 @@ pub struct VmHandle {
     pub stamp: Option<VmmStamp>,
 }
 
+/// A virtual machine that may have been started and not been written down.
+#[derive(Debug)]
+pub struct Sought<'a> {
+    /// The node that would have started it.
+    pub node: &'a NodeId,
+    /// Its instance.
+    pub at: &'a InstanceAddress,
+    /// Its VMM's user, or mvm's own as yet; `None` when all of them are mvm's own.
+    pub uid: Option<u32>,
+    /// Where its sockets would be.
+    pub run_dir: PathBuf,
+    /// Guest memory, in MiB.
+    pub mem_mib: u32,
+}
+
+impl Sought<'_> {
+    /// The handle of what was found.
+    fn found(&self, vmm: VmmKind, process: ProcessIdentity) -> VmHandle {
+        VmHandle { vmm, process, run_dir: self.run_dir.clone(), mem_mib: self.mem_mib, stamp: None }
+    }
+}
+
 /// Whether a virtual machine is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Liveness {
@@ -290,15 +312,8 @@ pub trait Vmm: Send + Sync {
         if vm.process.is_alive() { Liveness::Alive } else { Liveness::Gone }
     }
 
-    /// Finds the machine of an instance that was started and not recorded, if it runs; its VMM's user is `uid`, or mvm's own as yet.
-    fn find_stray(
-        &self,
-        node: &NodeId,
-        at: &InstanceAddress,
-        uid: Option<u32>,
-        run_dir: &Path,
-        mem_mib: u32,
-    ) -> Result<Option<VmHandle>, VmmError>;
+    /// Finds the machine of an instance that was started and not recorded, if it runs.
+    fn find_stray(&self, sought: &Sought<'_>) -> Result<Option<VmHandle>, VmmError>;
 
     /// Says why a machine that is gone has ended, as far as its VMM's log and console tell.
     fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use mvm_types::{InstanceAddress, NodeId};
+use mvm_types::InstanceAddress;
 use serde::{Deserialize, Serialize};
 
-use super::{Acceleration, Liveness, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp};
+use super::{Acceleration, Liveness, Sought, VmHandle, VmSpec, VmStats, Vmm, VmmError, VmmKind, VmmStamp};
 use crate::guest::{Drained, GuestChannel, GuestControl, GuestError, GuestReady, WakeFixup};
 use crate::infra::kill_switch::KillSwitch;
 use crate::infra::process::ProcessIdentity;
@@ -298,17 +298,10 @@ impl Vmm for SimulatedVmm {
         if self.lock().machines.contains_key(&vm.process.pid) { Liveness::Alive } else { Liveness::Gone }
     }
 
-    fn find_stray(
-        &self,
-        _node: &NodeId,
-        at: &InstanceAddress,
-        _uid: Option<u32>,
-        run_dir: &Path,
-        _mem_mib: u32,
-    ) -> Result<Option<VmHandle>, VmmError> {
+    fn find_stray(&self, sought: &Sought<'_>) -> Result<Option<VmHandle>, VmmError> {
         let world = self.lock();
-        let found = world.machines.iter().find(|(_, machine)| machine.at == at.to_string());
-        Ok(found.map(|(pid, machine)| handle(*pid, run_dir.to_owned(), machine.mem_mib)))
+        let found = world.machines.iter().find(|(_, machine)| machine.at == sought.at.to_string());
+        Ok(found.map(|(pid, machine)| handle(*pid, sought.run_dir.clone(), machine.mem_mib)))
     }
 
     fn stats(&self, vm: &VmHandle) -> Result<VmStats, VmmError> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use mvm::infra::process::ProcessIdentity;
 use mvm::vmm::qemu::{AGENT_PORTS, AccelerationChoice, KvmVerdict, Qemu, QemuOptions, agent_socket};
-use mvm::vmm::{Drive, DriveAccess, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError};
+use mvm::vmm::{Drive, DriveAccess, Liveness, Nic, Rates, SNAPSHOT_FILES, Sought, VmHandle, VmSpec, Vmm, VmmError};
 use mvm_hostd::tap::{TapSpec, create_tap};
 use mvm_types::{InstanceAddress, InstanceId, NodeId};
 
@@ -176,7 +176,11 @@ impl Fixture {
     }
 
     fn stray(&self) -> Option<VmHandle> {
-        self.qemu.find_stray(&self.node, &self.at, Some(UID), &self.path("run"), MEM_MIB).unwrap()
+        self.qemu.find_stray(&self.sought()).unwrap()
+    }
+
+    fn sought(&self) -> Sought<'_> {
+        Sought { node: &self.node, at: &self.at, uid: Some(UID), run_dir: self.path("run"), mem_mib: MEM_MIB }
     }
 
     /// Sends a line and returns the guest's answer.
@@ -196,7 +200,7 @@ impl Fixture {
 
 impl Drop for Fixture {
     fn drop(&mut self) {
-        while let Ok(Some(vm)) = self.qemu.find_stray(&self.node, &self.at, Some(UID), &self.path("run"), MEM_MIB) {
+        while let Ok(Some(vm)) = self.qemu.find_stray(&self.sought()) {
             if self.qemu.kill(&vm).is_err() {
                 break;
             }

@@ -30,7 +30,7 @@ use crate::vm::node::Node;
 use crate::vm::pool::{PoolDoc, RuntimePolicy};
 use crate::vm::tenant::TenantDoc;
 use crate::vm::usage::{Counted, Usage};
-use crate::vmm::{Liveness, VmHandle, VmSpec};
+use crate::vmm::{Liveness, Sought, VmHandle, VmSpec};
 
 /// How long the last threads of a VMM may take to end after its guest is lost.
 const LAST_THREADS: Duration = Duration::from_secs(1);
@@ -666,9 +666,14 @@ impl Locked<'_> {
 
     /// Finds a machine that was started for this instance and not written down.
     pub(super) fn stray(&self) -> Result<Option<VmHandle>, LifecycleError> {
-        let run_dir = self.node.paths.run_instance(&self.at.instance);
-        let uid = self.node.vmm_uid(|range| range.instance(self.doc.net_id, self.doc.offset));
-        Ok(self.node.vmm().find_stray(&self.node.id, &self.at, uid, &run_dir, self.doc.blueprint.resources.mem_mib)?)
+        let sought = Sought {
+            node: &self.node.id,
+            at: &self.at,
+            uid: self.node.vmm_uid(|range| range.instance(self.doc.net_id, self.doc.offset)),
+            run_dir: self.node.paths.run_instance(&self.at.instance),
+            mem_mib: self.doc.blueprint.resources.mem_mib,
+        };
+        Ok(self.node.vmm().find_stray(&sought)?)
     }
 
     fn rebuild(&mut self) -> Result<(), LifecycleError> {

@@ -16,7 +16,7 @@ use mvm_firecracker::{
 use mvm_hostd::HostdError;
 use mvm_hostd::apart::{self, Cable};
 use mvm_hostd::tap::KeptTap;
-use mvm_types::{InstanceAddress, InstanceId, NodeId};
+use mvm_types::{InstanceAddress, InstanceId};
 use rustix::fs::{Gid, OFlags, Uid, fchown};
 use rustix::process::Pid;
 
@@ -32,8 +32,8 @@ use crate::vmm::files::{open_directory, open_for_vmm, open_log, open_plain, open
 use crate::vmm::limits;
 use crate::vmm::process;
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmCall, VmmError, VmmKind,
-    VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, Sought, VmHandle, VmSpec, Vmm, VmmCall, VmmError,
+    VmmKind, VmmStamp,
 };
 
 /// How long calls may take. A busy host is slower by two orders than an idle one; a Firecracker that hangs is given up after it.
@@ -652,17 +652,10 @@ impl Vmm for Firecracker {
         Ok(liveness)
     }
 
-    fn find_stray(
-        &self,
-        node: &NodeId,
-        at: &InstanceAddress,
-        uid: Option<u32>,
-        run_dir: &Path,
-        mem_mib: u32,
-    ) -> Result<Option<VmHandle>, VmmError> {
-        let found = process::find_by_option("--id", &args::jail_id(node, at), uid)
+    fn find_stray(&self, sought: &Sought<'_>) -> Result<Option<VmHandle>, VmmError> {
+        let found = process::find_by_option("--id", &args::jail_id(sought.node, sought.at), sought.uid)
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
-        Ok(found.map(|process| VmHandle { vmm: VmmKind::Firecracker, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
+        Ok(found.map(|process| sought.found(VmmKind::Firecracker, process)))
     }
 
     fn why_gone(&self, vm: &VmHandle, vmm_log: &Path) -> Option<String> {

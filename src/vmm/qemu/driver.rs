@@ -25,7 +25,8 @@ use crate::vmm::files::{append_to, find_in_path, open_for_vmm, open_log};
 use crate::vmm::limits;
 use crate::vmm::process::{self, pid_of};
 use crate::vmm::{
-    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, VmHandle, VmSpec, Vmm, VmmError, VmmKind, VmmStamp,
+    Acceleration, Drive, DriveAccess, Lifetime, Liveness, Nic, Rates, SNAPSHOT_FILES, Sought, VmHandle, VmSpec, Vmm, VmmError, VmmKind,
+    VmmStamp,
 };
 
 /// How long QEMU may take to its greeting, or to an answer. It starts in some 40 ms; a busy host with hundreds of guests in
@@ -460,17 +461,10 @@ impl Vmm for Qemu {
         Ok(liveness)
     }
 
-    fn find_stray(
-        &self,
-        node: &NodeId,
-        at: &InstanceAddress,
-        uid: Option<u32>,
-        run_dir: &Path,
-        mem_mib: u32,
-    ) -> Result<Option<VmHandle>, VmmError> {
-        let found = process::find_by_option("-name", &format!("guest={}", marker(node, at)), uid)
+    fn find_stray(&self, sought: &Sought<'_>) -> Result<Option<VmHandle>, VmmError> {
+        let found = process::find_by_option("-name", &format!("guest={}", marker(sought.node, sought.at)), sought.uid)
             .map_err(|source| VmmError::Io { what: "cannot look through /proc".into(), source })?;
-        Ok(found.map(|process| VmHandle { vmm: VmmKind::Qemu, process, run_dir: run_dir.to_owned(), mem_mib, stamp: None }))
+        Ok(found.map(|process| sought.found(VmmKind::Qemu, process)))
     }
 }
 
