@@ -25,6 +25,7 @@ mod ends;
 mod jail;
 mod metrics;
 mod snapshot;
+mod start;
 mod versions;
 
 pub use args::VSOCK_SOCKET;
