@@ -74,7 +74,7 @@ impl Batch {
     /// Counts somebody who writes from now on.
     pub fn begin(&mut self, usage: Usage) {
         self.usage = usage;
-        self.changed = true;
+        self.announce();
         self.writing += 1;
         self.begun += 1;
     }
@@ -82,7 +82,15 @@ impl Batch {
     /// Counts what was given back meanwhile.
     pub fn change(&mut self, change: impl FnOnce(&mut Usage)) {
         change(&mut self.usage);
-        self.changed = true;
+        self.announce();
+    }
+
+    /// Puts what other processes know out of date, before anything is written: whoever is killed then has told them.
+    fn announce(&mut self) {
+        if !self.changed {
+            self.changed = true;
+            self.guard.set_generation(self.guard.generation().wrapping_add(1));
+        }
     }
 
     /// Counts somebody who has written, or tried to.
@@ -91,14 +99,33 @@ impl Batch {
         self.failed |= !written;
     }
 
-    /// Lets the lock go; what other processes know is out of date. Returns what this one knows.
-    fn close(mut self) -> Option<(u64, Usage)> {
-        let mut generation = self.guard.generation();
-        if self.changed {
-            generation = generation.wrapping_add(1);
-            self.guard.set_generation(generation);
-        }
+    /// Lets the lock go. Returns what this process knows.
+    fn close(self) -> Option<(u64, Usage)> {
         // What was written may or may not be there after an error: it is counted again next time.
-        (!self.failed).then_some((generation, self.usage))
+        (!self.failed).then(|| (self.guard.generation(), self.usage))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{DocumentStore, FileStore, MemoryStore, Wait};
+
+    #[test]
+    fn one_that_is_killed_while_it_writes_has_told_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = FileStore::new(dir.path().join("state"), dir.path().join("locks"));
+        for store in [&files as &dyn DocumentStore, &MemoryStore::new()] {
+            let lock = || store.lock("admission", Wait::No).unwrap();
+            let before = lock().generation();
+            let mut batch = Batch::new(lock(), Usage::default());
+            batch.begin(Usage::default());
+            drop(batch);
+            assert_ne!(lock().generation(), before);
+            // One that changes nothing tells nothing.
+            let before = lock().generation();
+            assert_eq!(Batch::new(lock(), Usage::default()).close(), Some((before, Usage::default())));
+            assert_eq!(lock().generation(), before);
+        }
     }
 }
