@@ -145,7 +145,8 @@ impl Connection {
     }
 
     /// Calls that are answered without a body: those of a lane one after the other, the lanes beside each other. When one
-    /// fails no other is begun; the first lane's error is the result.
+    /// fails no other is begun; the first lane's error is the result. While one call hangs those of the other lanes are not answered
+    /// either, and nobody can tell which it is: the error names all of them then.
     pub fn tell_all(&mut self, lanes: Vec<Vec<Request>>) -> Result<(), ApiError> {
         let failed = Arc::new(AtomicBool::new(false));
         let within = within(&self.deadlines, Limit::Call);
@@ -157,21 +158,34 @@ impl Connection {
         }
         let mut all = self.runtime.block_on(tasks.join_all());
         all.sort_by_key(|(number, _)| *number);
-        let mut first = None;
+        let (mut first, mut silent) = (None, Vec::new());
         for (_, done) in all {
             done.timings.into_iter().for_each(|timing| self.timeline.note(timing));
             self.idle.extend(done.line);
-            first = first.or(done.error);
+            match done.error {
+                Some(error) if matches!(error.kind, ApiErrorKind::Timeout { .. }) => silent.push(error),
+                error => first = first.or(error),
+            }
         }
         // One is kept.
         self.idle.truncate(1);
-        first.map_or(Ok(()), Err)
+        first.or_else(|| one_of(silent)).map_or(Ok(()), Err)
     }
 
     fn usable_line(&mut self) -> Option<Line> {
         let line = self.idle.pop()?;
         line.is_quiet().then_some(line)
     }
+}
+
+/// The error of calls that were not answered, of which one hangs.
+fn one_of(silent: Vec<ApiError>) -> Option<ApiError> {
+    let requests: Vec<String> = silent.iter().map(|error| error.request.clone()).collect();
+    let mut first = silent.into_iter().next()?;
+    if requests.len() > 1 {
+        first.request = format!("one of {}", requests.join(", "));
+    }
+    Some(first)
 }
 
 /// Calls that follow each other.

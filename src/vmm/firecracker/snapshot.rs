@@ -1,5 +1,6 @@
 //! Snapshot files: taken out of a directory that Firecracker may write to, and brought up to date.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,30 +23,15 @@ impl Scratch {
 
     /// Makes it for a user, with nothing in it; its parent is root's only.
     pub(super) fn make(path: &Path, uid: u32) -> io::Result<Self> {
-        // An empty one is used again: a directory that is removed and made at each start is what ext4 is slow at, as it looks for an
-        // inode that was not freed within the last minutes.
-        let made = match Self::open(path).and_then(|there| Ok(there.is_empty()?.then_some(there))) {
-            Ok(Some(empty)) => empty,
-            _ => Self::make_anew(path)?,
-        };
-        rustix::fs::fchown(&made.0, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?;
-        rustix::fs::fchmod(&made.0, Mode::RWXU)?;
-        Ok(made)
-    }
-
-    /// Makes it in place of whatever is there.
-    fn make_anew(path: &Path) -> io::Result<Self> {
+        // Anew each time: who had it before may have put more than files there, a default ACL say.
         match fs::remove_dir_all(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         rustix::fs::mkdir(path, Mode::RWXU)?;
-        Self::open(path)
-    }
-
-    fn is_empty(&self) -> io::Result<bool> {
-        let mut names = rustix::fs::Dir::read_from(&self.0)?.map(|entry| entry.map(|entry| entry.file_name().to_owned()));
-        Ok(names.all(|name| name.is_ok_and(|name| matches!(name.to_bytes(), b"." | b".."))))
+        let made = Self::open(path)?;
+        rustix::fs::fchown(&made.0, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))?;
+        Ok(made)
     }
 
     /// Its descriptor.
@@ -91,8 +77,15 @@ impl Scratch {
     }
 }
 
+/// The list of who else may do what with a file, which overrules its group (acl(5)).
+const ACCESS_ACL: &CStr = c"system.posix_acl_access";
+
 /// Makes a file root's, for the user to read only.
 pub(super) fn guard(file: &File, uid: u32) -> io::Result<()> {
+    match rustix::fs::fremovexattr(file, ACCESS_ACL) {
+        Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+        Err(error) => return Err(error.into()),
+    }
     rustix::fs::fchown(file, Some(Uid::ROOT), Some(Gid::from_raw(uid)))?;
     Ok(rustix::fs::fchmod(file, Mode::RUSR | Mode::WUSR | Mode::RGRP)?)
 }
@@ -155,20 +148,21 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_directory_is_used_again_and_nothing_else_is() {
+    fn a_directory_is_made_anew_whatever_is_in_its_place() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("scratch");
         let uid = rustix::process::geteuid().as_raw();
         let make = || {
             let made = Scratch::make(&path, uid).unwrap();
             let meta = fs::symlink_metadata(&path).unwrap();
-            assert!(meta.is_dir() && made.is_empty().unwrap());
             assert_eq!((meta.mode() & 0o7777, meta.uid(), meta.gid()), (0o700, uid, uid));
-            meta.ino()
+            assert!(meta.is_dir() && fs::read_dir(&path).unwrap().next().is_none());
+            assert_eq!(rustix::fs::fgetxattr(&made.0, DEFAULT_ACL, &mut [0_u8; 0]), Err(Errno::NODATA));
+            made
         };
         let first = make();
-        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o1777)).unwrap();
-        assert_eq!(make(), first);
+        rustix::fs::fsetxattr(&first.0, DEFAULT_ACL, &acl(0, 7), rustix::fs::XattrFlags::empty()).unwrap();
+        make();
         fs::create_dir_all(path.join(".hidden/deep")).unwrap();
         make();
         fs::remove_dir(&path).unwrap();
@@ -177,6 +171,33 @@ mod tests {
         fs::remove_dir(&path).unwrap();
         fs::write(&path, "no directory").unwrap();
         assert!(Scratch::make(&path, uid).is_err());
+    }
+
+    const DEFAULT_ACL: &CStr = c"system.posix_acl_default";
+
+    /// An access control list (linux/posix_acl_xattr.h) that gives nothing to owner and group, and this to a user.
+    fn acl(user: u32, permissions: u16) -> Vec<u8> {
+        const NOBODY: u32 = u32::MAX;
+        let mut list = 2_u32.to_le_bytes().to_vec();
+        for (tag, permissions, id) in [(1_u16, 0, NOBODY), (2, permissions, user), (4, 0, NOBODY), (16, 7, NOBODY), (32, 0, NOBODY)] {
+            list.extend([&tag.to_le_bytes()[..], &permissions.to_le_bytes()[..], &id.to_le_bytes()[..]].concat());
+        }
+        list
+    }
+
+    #[test]
+    fn a_guarded_file_is_its_readers_whatever_list_it_was_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, uid) = (dir.path().join("scratch"), rustix::process::geteuid().as_raw());
+        let scratch = Scratch::make(&path, uid).unwrap();
+        rustix::fs::fsetxattr(&scratch.0, DEFAULT_ACL, &acl(1000, 7), rustix::fs::XattrFlags::empty()).unwrap();
+        let file = File::create(path.join("state")).unwrap();
+        assert!(rustix::fs::fgetxattr(&file, ACCESS_ACL, &mut [0_u8; 0]).is_ok(), "it has the directory's");
+        for _ in 0..2 {
+            guard(&file, uid).unwrap();
+            assert_eq!(rustix::fs::fgetxattr(&file, ACCESS_ACL, &mut [0_u8; 0]), Err(Errno::NODATA));
+            assert_eq!(file.metadata().unwrap().mode() & 0o7777, 0o640);
+        }
     }
 
     #[test]
