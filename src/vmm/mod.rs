@@ -365,6 +365,12 @@ pub enum VmmError {
         /// What went wrong.
         why: String,
     },
+    /// The VMM does not take a snapshot that is as it was written.
+    #[error("the VMM refuses the snapshot: {why}")]
+    SnapshotRefused {
+        /// What it says.
+        why: String,
+    },
     /// The VMM did not answer in time.
     #[error("{what}: no answer within {after_ms} ms")]
     Timeout {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::agent::observe::ObservedInstance;
-use crate::vm::instance::{SNAPSHOT_REFUSED, StateName, Verb};
+use crate::vm::instance::{MOST_REFUSALS, SNAPSHOT_REFUSED, StateName, VMM_REFUSED, Verb};
 use crate::vm::pool::DesiredCounts;
 
 /// What happens to one instance, or to one that is yet to be made.
@@ -87,7 +87,11 @@ pub(super) fn assign<'a>(
         rebuild.then_some(Verb::Rebuild).into_iter().chain([Verb::Start]).chain(then.iter().copied()).collect()
     };
     let from_sleep = |instance: &'a ObservedInstance, then: &[Verb]| -> Vec<Verb> {
-        let refused = instance.doc.failure.as_ref().is_some_and(|failure| failure.step == SNAPSHOT_REFUSED);
+        let refused = instance.doc.failure.as_ref().is_some_and(|failure| match failure.step.as_str() {
+            SNAPSHOT_REFUSED => true,
+            VMM_REFUSED => failure.attempts >= MOST_REFUSALS,
+            _ => false,
+        });
         if refused && !outdated(instance) {
             // Loudly booted afresh rather than never again.
             [Verb::Stop, Verb::Start].into_iter().chain(then.iter().copied()).collect()

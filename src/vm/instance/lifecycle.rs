@@ -30,7 +30,7 @@ use crate::vm::node::Node;
 use crate::vm::pool::{PoolDoc, RuntimePolicy};
 use crate::vm::tenant::TenantDoc;
 use crate::vm::usage::{Counted, Usage};
-use crate::vmm::{Liveness, Sought, VmHandle, VmSpec};
+use crate::vmm::{Liveness, Sought, VmHandle, VmSpec, VmmError};
 
 /// How long the last threads of a VMM may take to end after its guest is lost.
 const LAST_THREADS: Duration = Duration::from_secs(1);
@@ -53,6 +53,12 @@ const RECOVER: &str = "recover";
 
 /// What a failed wake that is the snapshot's fault is recorded as: the next plan boots the instance afresh.
 pub const SNAPSHOT_REFUSED: &str = "wake (snapshot refused)";
+
+/// What a failed wake is recorded as whose snapshot is whole, and which the VMM did not take; that may be the host's fault, which passes.
+pub const VMM_REFUSED: &str = "wake (refused by the VMM)";
+
+/// How often the VMM may refuse a snapshot before the next plan boots the instance afresh: for half a minute by the waits between.
+pub const MOST_REFUSALS: u32 = 5;
 
 /// An instance, locked, with what it belongs to.
 pub(super) struct Locked<'a> {
@@ -332,6 +338,7 @@ impl Locked<'_> {
 
     fn record_failure(&mut self, verb: Verb, error: &LifecycleError) -> Result<(), LifecycleError> {
         let step = match error {
+            LifecycleError::Snapshot(SnapshotError::Refused { .. }) => VMM_REFUSED,
             LifecycleError::Snapshot(_) => SNAPSHOT_REFUSED,
             _ => verb.as_str(),
         };
@@ -389,19 +396,17 @@ impl Locked<'_> {
         match ready {
             Ok(ready) => Ok((vm, ready.boot_id)),
             Err(error) => {
-                // The guest is lost a moment before the last thread of its VMM is.
-                let died = matches!(self.node.vmm().wait_exit(&vm, LAST_THREADS), Ok(Liveness::Gone));
-                let said = self.node.why_gone(&self.at, &vm).filter(|_| died);
+                let error = error.into();
+                let (said, died) = self.with_last_words(&vm, &error);
                 self.node.vmm().kill(&vm)?;
                 if died {
-                    let said = said.map_or_else(|| error.to_string(), |said| format!("{error}; {said}"));
                     let why = format!(
                         "the virtual machine ended before its guest was ready ({said}); `mvm logs {} --source console` has its last words",
                         self.at
                     );
                     return Err(LifecycleError::Unready { what: format!("start {}", self.at), why });
                 }
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -458,6 +463,17 @@ impl Locked<'_> {
         let deadline = Instant::now() + FIXUP;
         let mut guest = self.node.guests().control(vm, deadline)?;
         Ok(guest.wake(&self.fixup(), deadline)?.boot_id)
+    }
+
+    /// An error in words, with why the machine is gone, if it is; and whether it is.
+    pub(super) fn with_last_words(&self, vm: &VmHandle, error: &LifecycleError) -> (String, bool) {
+        let text = with_causes(error);
+        // A guest is lost a moment before the last thread of its VMM is.
+        let died = matches!(self.node.vmm().wait_exit(vm, LAST_THREADS), Ok(Liveness::Gone));
+        match self.node.why_gone(&self.at, vm).filter(|_| died) {
+            Some(why) => (format!("{text}; {why}"), died),
+            None => (text, died),
+        }
     }
 
     fn drain(&self, vm: &VmHandle) -> Result<(), LifecycleError> {
@@ -574,6 +590,9 @@ impl Locked<'_> {
             Ok::<_, LifecycleError>(match (vm, checked) {
                 (Ok(vm), Ok(())) => Ok(vm),
                 (Ok(vm), Err(damaged)) => vmm.kill(&vm).map_err(LifecycleError::from).and(Err(damaged.into())),
+                (Err(LifecycleError::Vmm(VmmError::SnapshotRefused { why })), Ok(())) => {
+                    Err(SnapshotError::Refused { instance: self.at.to_string(), why }.into())
+                }
                 (Err(error), Ok(())) => Err(error),
                 (Err(error), Err(damaged)) => Err(if error.is_killed() { error } else { damaged.into() }),
             })
@@ -593,9 +612,11 @@ impl Locked<'_> {
             }
             Err(error) if error.is_killed() => Err(error),
             Err(error) => {
-                self.act.error = Some(with_causes(&error));
-                self.end(StopReason::SnapshotLost(format!("the guest did not come back: {}", with_causes(&error))))?;
-                Err(error)
+                let (text, died) = self.with_last_words(&vm, &error);
+                let why = format!("the guest did not come back: {text}");
+                self.act.error = Some(why.clone());
+                self.end(StopReason::SnapshotLost(why.clone()))?;
+                Err(if died { LifecycleError::Unready { what: format!("wake {}", self.at), why } } else { error })
             }
         }
     }

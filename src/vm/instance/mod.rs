@@ -11,7 +11,7 @@ mod state;
 
 pub use config::InstanceDoc;
 pub use exposure::exposed;
-pub use lifecycle::{SNAPSHOT_REFUSED, StopMode};
+pub use lifecycle::{MOST_REFUSALS, SNAPSHOT_REFUSED, StopMode, VMM_REFUSED};
 pub use machine::missing_secrets;
 pub use snapshot::{FileHash, SnapshotError, SnapshotManifest, hash_file, manifest_key};
 pub use state::{IllegalTransition, InstanceState, StateName, StopReason, Transition, TransitionStep, Verb};

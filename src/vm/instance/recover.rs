@@ -144,8 +144,9 @@ impl Locked<'_> {
             }
             Err(error) if error.is_killed() => Err(error),
             Err(error) => {
-                tracing::warn!(instance = %self.at, error = crate::vm::error::with_causes(&error), "the guest did not come back and is stopped");
-                self.end(StopReason::Died)
+                let (why, _) = self.with_last_words(vm, &error);
+                tracing::warn!(instance = %self.at, error = why, "the guest did not come back and is stopped");
+                self.end(StopReason::DiedOf(format!("the guest did not come back: {why}")))
             }
         }
     }

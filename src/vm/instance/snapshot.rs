@@ -92,6 +92,14 @@ pub enum SnapshotError {
         /// When it was taken.
         taken: String,
     },
+    /// It is whole, and the VMM does not take it.
+    #[error("the snapshot of {instance} cannot be woken: {why}; `mvm instance stop` and `start` boot it afresh with its data disk")]
+    Refused {
+        /// The instance.
+        instance: String,
+        /// What the VMM says.
+        why: String,
+    },
     /// A file is not what was written.
     #[error(
         "the snapshot of {instance} is damaged: {file} is not what was written; `mvm instance stop` and `start` boot it afresh with its data disk"

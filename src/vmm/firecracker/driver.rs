@@ -446,7 +446,7 @@ impl Vmm for Firecracker {
         let Started { vm, api, jail, tap, cable, socket } = self.start(&installed, spec, From::Snapshot { dir })?;
         let mut api = match api.load_snapshot(&args::outputs(installed.numbers()), &load) {
             Ok(api) => api,
-            Err(failed) => return Err(self.give_up(what, &vm, failed.error)),
+            Err(failed) => return Err(self.not_loaded(&vm, failed.error)),
         };
         for drive in &renewed {
             if let Err(error) = api.patch_drive(drive) {

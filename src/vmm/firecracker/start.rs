@@ -145,6 +145,16 @@ impl Firecracker {
         Err(VmmError::Failed { what, why: if gone { format!("Firecracker ended{words}") } else { why } })
     }
 
+    /// As [`Self::give_up`], of one that was told to load a snapshot.
+    pub(super) fn not_loaded(&self, vm: &VmHandle, error: ApiError) -> VmmError {
+        let refused = matches!(error.kind, ApiErrorKind::Fault { .. }) && error.request == "PUT /snapshot/load";
+        let why = error.to_string();
+        match self.give_up("cannot restore the snapshot", vm, error) {
+            VmmError::Failed { .. } if refused => VmmError::SnapshotRefused { why },
+            other => other,
+        }
+    }
+
     /// Ends a machine of which a call failed while it was made.
     pub(super) fn give_up(&self, what: &'static str, vm: &VmHandle, error: ApiError) -> VmmError {
         // It may have ended by itself, and says why in its log.
