@@ -80,6 +80,9 @@ fn releases_are_installed_side_by_side_and_a_snapshot_wakes_with_its_own() {
         right(install(&newer));
         let doctor = with_versions(rig, &["doctor"]).text();
         assert!(doctor.contains("1.17.0") && doctor.contains("also 1.16.1"), "{doctor}");
+        // What QEMU would do is QEMU's, and no word on what guests run in.
+        let row = |name: &str| doctor.lines().find(|line| line.split_whitespace().next() == Some(name));
+        assert!(row("qemu").is_some_and(|row| row.contains("QEMU emulator version")) && row("vmm").is_none(), "{doctor}");
         right(with_versions(rig, &["instance", "wake", &at]));
         assert_eq!(version_of(rig.pid_of(&at)), Some("1.16.1"));
         right(with_versions(rig, &["instance", "sleep", &at]));
