@@ -8,6 +8,7 @@ mod machine;
 mod recover;
 mod snapshot;
 mod state;
+mod verbs;
 
 pub use config::InstanceDoc;
 pub use exposure::exposed;
